@@ -1,0 +1,249 @@
+"""Cut the blocks of a span out of any causal language model of transformers, by no family's name.
+
+A carved model is the family's own class: masks, positions, rotary tables, routing and layer types
+all come from transformers. Layers held elsewhere are stubs that pass their input on.
+
+1. Layers keep their absolute numbers and parameters their names: families decide by number, and
+   the checkpoint's names must still fit.
+2. A stack keeps everything outside the layers if it holds the first or the last block, and nothing
+   with weights if it holds neither.
+3. Of the two big matrices only the needed one stays: the embedding with block 0, the head with the
+   last block. A tied head without block 0 keeps the embedding's tensor, as storage.
+4. Nothing of ours is registered on the model: a second name of a module would make the loader
+   initialise loaded weights again.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from blocks.errors import BlocksError, CheckpointError
+
+
+class Skip(nn.Module):  # type: ignore[misc]  # torch is not followed
+    """Stands for a layer that is not run here: returns its first argument in the layer's form.
+
+    `arity` 0 returns a bare tensor, n a tuple of n. Attributes are answered by `twin`, the layer
+    itself (on the meta device where it was never loaded), which is no submodule of this one.
+    """
+
+    def __init__(self, twin: nn.Module, arity: int) -> None:
+        super().__init__()
+        self.__dict__.update(twin=twin, arity=arity)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["twin"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the hidden states on."""
+        hidden = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        arity = self.__dict__["arity"]
+        return (hidden, *(None,) * (arity - 1)) if arity else hidden
+
+
+class Void(nn.Module):  # type: ignore[misc]  # torch is not followed
+    """Stands for a module outside the layers that this stack does not need.
+
+    An embedding gives zeros, everything else passes its input on. What it gives never reaches a
+    held layer: the real hidden states are injected there.
+    """
+
+    def __init__(self, twin: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(twin=twin, width=getattr(twin, "embedding_dim", None))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["twin"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros for an embedding, else the first argument."""
+        value = args[0] if args else next(iter(kwargs.values()))
+        width = self.__dict__["width"]
+        return value if width is None else torch.zeros(*value.shape, width, device=value.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """Where the parts of a carved model are. `arity` is the form of a layer's output (see Skip)."""
+
+    path: str  # of the layer list in the model, as "model.layers"
+    inner: nn.Module  # the module that owns the list and runs it
+    layers: nn.ModuleList
+    arity: int
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config that the causal model's class takes: a composite's text part where it wants it."""
+    text = config.get_text_config(decoder=True)
+    return text if causal_class(config).config_class is type(text) else config
+
+
+def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """transformers' causal language model of this config; CheckpointError if it has none."""
+    try:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise CheckpointError(
+            f"transformers has no causal language model of type {config.model_type}; "
+            "choose another model"
+        ) from error
+    if not isinstance(known, tuple | list):
+        return cast("type[PreTrainedModel]", known)
+    wanted = config.architectures or []
+    return cast(
+        "type[PreTrainedModel]",
+        next((one for one in known if one.__name__ in wanted), known[0]),
+    )
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The path and list of the decoder's layers: the outermost list of the right length.
+
+    BlocksError when there is none: a family this way of cutting cannot serve.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise BlocksError(f"{type(model).__name__} has no list of {count} layers to cut")
+    return min(found, key=lambda one: one[0].count("."))
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a model, carved or not."""
+    path, layers = find_layers(model)
+    owner, _, name = path.rpartition(".")
+    inner = model.get_submodule(owner)
+    return Anatomy(path, inner, layers, layer_arity(type(inner), name))
+
+
+def layer_arity(inner: type[nn.Module], name: str) -> int:
+    """What the loop over `self.<name>` expects of a layer: 0 a tensor, n a tuple of n.
+
+    Read from the loop's source, because a stub must answer in the layers' form before any real
+    layer has run. A running stack compares it with what its layers return.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(inner.forward))))
+    except (OSError, SyntaxError) as error:
+        raise BlocksError(
+            f"{inner.__name__} has no source to read its layers' form from"
+        ) from error
+    called = {name} | {
+        target.id
+        for loop in ast.walk(tree)
+        if isinstance(loop, ast.For) and _mentions(loop.iter, {name})
+        for target in ast.walk(loop.target)
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and _runs_layer(node.value, called)
+        ):
+            return _arity_of(node.targets[0], tree)
+    return 0
+
+
+def _runs_layer(call: ast.Call, called: set[str]) -> bool:
+    """Is this `layer(...)`, or a checkpointing function given `layer` or `layer.__call__`?"""
+    if isinstance(call.func, ast.Name | ast.Subscript) and _mentions(call.func, called):
+        return True
+    checkpointed = isinstance(call.func, ast.Attribute) and "checkpoint" in call.func.attr
+    return checkpointed and bool(call.args) and _mentions(call.args[0], called)
+
+
+def _arity_of(target: ast.expr, tree: ast.AST) -> int:
+    if isinstance(target, ast.Tuple):
+        return len(target.elts)
+    indices = [
+        node.slice.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and ast.unparse(node.value) == ast.unparse(target)
+        and isinstance(node.slice, ast.Constant)
+        and isinstance(node.slice.value, int)
+    ]
+    return max(indices, default=-1) + 1
+
+
+def _mentions(node: ast.AST, names: set[str]) -> bool:
+    return any(
+        (isinstance(part, ast.Name) and part.id in names)
+        or (isinstance(part, ast.Attribute) and part.attr in names)
+        for part in ast.walk(node)
+    )
+
+
+def carve(model: PreTrainedModel, start: int, stop: int) -> None:
+    """Replace in place what the stack `start:stop` does not hold; before weights are loaded."""
+    parts = anatomy(model)
+    for number in range(len(parts.layers)):
+        if not start <= number < stop:
+            parts.layers[number] = Skip(parts.layers[number], parts.arity)
+    holds_first, holds_last = start == 0, stop == len(parts.layers)
+    if not (holds_first or holds_last):
+        _empty_ends(model, parts.path)
+    elif not holds_last:
+        _void(model, model.get_output_embeddings())
+    elif not holds_first and not is_tied(model):
+        _void(model, model.get_input_embeddings())
+    if not holds_last:
+        model.all_tied_weights_keys = {}
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Does the head share the embedding's matrix? Asked before weights are loaded and tied."""
+    head = model.get_output_embeddings()
+    names = {name for name, module in model.named_modules() if module is head}
+    tied = model.all_tied_weights_keys
+    return any(key.rpartition(".")[0] in names for key in (*tied, *tied.values()))
+
+
+def _empty_ends(model: PreTrainedModel, path: str) -> None:
+    """Void everything with weights beside the way from the model down to its layers."""
+    names = path.split(".")
+    for depth, kept in enumerate(names):
+        parent = model.get_submodule(".".join(names[:depth]))
+        for name, child in list(parent.named_children()):
+            if name != kept and next(child.parameters(), None) is not None:
+                setattr(parent, name, Void(child))
+
+
+def _void(model: PreTrainedModel, unneeded: nn.Module | None) -> None:
+    for name, module in list(model.named_modules()):
+        if unneeded is not None and module is unneeded:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, Void(module))
+
+
+def carved_class(
+    config: PretrainedConfig,
+    start: int,
+    stop: int,
+    on_carved: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> type[PreTrainedModel]:
+    """The family's class, carving itself as it is built, before `on_carved` and any weights.
+
+    It keeps the family's name and module: transformers finds the conversions of weights by them.
+    """
+    base = causal_class(config)
+
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        carve(self, start, stop)
+        on_carved(self)
+
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})

@@ -1,0 +1,262 @@
+"""A folder of weights, checked before anything of it is loaded.
+
+1. Only headers are read: opening a checkpoint of any size costs milliseconds and no tensor data.
+2. A `Checkpoint` that exists is whole: every shard is there, has the length its header calls for,
+   and holds the tensors that the index says it holds. What is inside the tensors is not checked.
+3. Nothing is fetched from anywhere and no code of the checkpoint is run; only safetensors are read.
+4. Two folders with one fingerprint compute the same, whatever the folders are called.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from blocks.errors import CheckpointError
+
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+CARD_FORMAT = 1
+_GENERATION_DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+
+# safetensors itself refuses longer headers
+_HEADER_BYTES_LIMIT = 100_000_000
+
+# Families without positions of their own (alibi) name no bound; one is needed to reserve memory.
+_ASSUMED_CONTEXT = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor as its shard's header describes it; `dtype` is safetensors' name, as "BF16"."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    byte_count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A whole checkpoint in a folder. `config` is the decoder's part of a composite model's."""
+
+    folder: Path
+    config: PretrainedConfig
+    tensors: Mapping[str, TensorEntry]
+    shards: tuple[str, ...]
+    blocks: int
+    hidden_size: int
+    vocabulary_size: int
+    context_length: int  # positions; steps beyond it are refused
+    model_type: str
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The shard of every tensor."""
+        return {name: entry.shard for name, entry in self.tensors.items()}
+
+    @property
+    def tensor_bytes(self) -> dict[str, int]:
+        """The bytes of every tensor on disk."""
+        return {name: entry.byte_count for name, entry in self.tensors.items()}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return the checkpoint in `folder`, checked as far as headers go, or raise CheckpointError."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an unknown folder: it has no config.json; name the folder of a model"
+        )
+    shards, index = _shards(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        tensors.update(_shard_entries(folder / shard))
+    for name, shard in index.items():
+        if name not in tensors or tensors[name].shard != shard:
+            raise CheckpointError(
+                f"{INDEX_FILE} of {folder} puts tensor {name} in {shard}, which lacks it; "
+                "fetch the checkpoint again"
+            )
+    config = _config(folder)
+    text = config.get_text_config(decoder=True)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        shards=shards,
+        blocks=_positive(text, "num_hidden_layers", folder),
+        hidden_size=_positive(text, "hidden_size", folder),
+        vocabulary_size=_positive(text, "vocab_size", folder),
+        context_length=context_length(text),
+        model_type=str(text.model_type),
+    )
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The positions a decoder with this config can take."""
+    for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _ASSUMED_CONTEXT
+
+
+def small_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """The files beside the weights that a client needs, by name; those that exist."""
+    paths = {name: checkpoint.folder / name for name in SMALL_FILES}
+    return {name: path for name, path in paths.items() if path.is_file()}
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Hex sha256 of what makes two checkpoints the same model: names, shards, dtypes and shapes
+    of the tensors, and every byte of the small files, the config among them.
+
+    The weights themselves are not read; digests of blocks are what catches damage there.
+    """
+    facts = {
+        "tensors": {
+            name: [entry.shard, entry.dtype, list(entry.shape)]
+            for name, entry in checkpoint.tensors.items()
+        },
+        "files": {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in small_files(checkpoint).items()
+        },
+    }
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a client without torch must know of the model, as JSON can hold it.
+
+    Ends of sequence are those at which transformers' `generate` stops: the generation config's if
+    the checkpoint has one, else the config's.
+    """
+    path = checkpoint.folder / "generation_config.json"
+    generation = _json_object(path) if path.is_file() else None
+    text = checkpoint.config.get_text_config(decoder=True)
+    special = {
+        key: generation.get(key) if generation is not None else getattr(text, key, None)
+        for key in ("eos_token_id", "bos_token_id")
+    }
+    ends, begin = special["eos_token_id"], special["bos_token_id"]
+    return {
+        "format": CARD_FORMAT,
+        "name": checkpoint.folder.resolve().name,
+        "model_type": checkpoint.model_type,
+        "blocks": checkpoint.blocks,
+        "hidden_size": checkpoint.hidden_size,
+        "vocabulary_size": checkpoint.vocabulary_size,
+        "context_length": checkpoint.context_length,
+        "end_of_sequence_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
+        "begin_of_sequence_id": begin,
+        "generation": {
+            key: generation[key] for key in _GENERATION_DEFAULTS if generation and key in generation
+        },
+    }
+
+
+def _config(folder: Path) -> PretrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of no model type that transformers knows "
+            f"({_first_line(error)}); choose another model or a newer transformers"
+        ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        raise CheckpointError(
+            f"{folder} holds weights that are quantized already; name the folder of the original"
+        )
+    return config
+
+
+def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The shards' file names, and the shard of each tensor by the index (empty without one)."""
+    if not (folder / INDEX_FILE).is_file():
+        if (folder / SINGLE_FILE).is_file():
+            return (SINGLE_FILE,), {}
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        held = f"only {others[0]}, which can run code when read" if others else "no weights"
+        raise CheckpointError(f"{folder} holds {held}; it must hold {SINGLE_FILE} or {INDEX_FILE}")
+    index = _json_object(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map; fetch it again")
+    for shard in index.values():
+        # an index may come from a stranger: it must not lead out of the folder
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{folder / INDEX_FILE} names {shard!r}, which is no file name")
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names {shard}; only .safetensors are read"
+            )
+    return tuple(sorted(set(index.values()))), index
+
+
+def _shard_entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
+    """Yield the tensors of a shard from its header. CheckpointError if the file is not whole."""
+    if not path.is_file():
+        raise CheckpointError(f"shard {path} is missing; fetch the checkpoint again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, _HEADER_BYTES_LIMIT):
+            raise CheckpointError(f"shard {path} was cut off in its header; fetch it again")
+        raw = file.read(length)
+    try:
+        entries = {
+            name: (str(value["dtype"]), tuple(map(int, value["shape"])), *value["data_offsets"])
+            for name, value in json.loads(raw).items()
+            if name != "__metadata__"
+        }
+        end = max((stop for _, _, _, stop in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"shard {path} has a damaged header; fetch it again") from error
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"shard {path} has {size} bytes and its header calls for {8 + length + end}; "
+            "it was cut off or damaged, fetch it again"
+        )
+    for name, (dtype, shape, start, stop) in entries.items():
+        yield name, TensorEntry(path.name, dtype, shape, stop - start)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON; fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
+    return value
+
+
+def _positive(config: PretrainedConfig, name: str, folder: Path) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int) or value <= 0:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no usable {name}; name the folder of a causal language "
+            "model"
+        )
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,153 @@
+"""What a span costs, in seconds and bytes: measured where it can be, counted where it must be.
+
+1. Speeds are medians of real runs of the loaded blocks; the first run of each kind only warms up.
+2. Byte plans come from the model's shapes, before any weight is loaded, and are what a loaded
+   stack takes, up to small tensors that a family keeps in float32.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from blocks.carve import causal_class, find_layers, is_tied, text_config
+from blocks.checkpoint import Checkpoint
+from blocks.load import Dtype, resolve_dtype
+from blocks.stack import Stack
+
+# A typical short conversation, and a chunk that keeps a CPU's matrix units busy.
+_PAST_TOKENS = 64
+_PREFILL_TOKENS = 128
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Seconds of work, for one row."""
+
+    decode_seconds_per_block: float  # one token after a short past
+    prefill_seconds_per_block_token: float  # each token of a chunk
+    head_seconds: float  # final norm and head for one position; 0 without a head
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of memory that the parts of a model take once loaded."""
+
+    block_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int  # also where the head is the embedding's matrix (see `span_bytes`)
+    other_bytes: int  # all else outside the blocks: norms, positions
+    is_tied: bool
+
+    def span_bytes(self, start: int, stop: int) -> int:
+        """What a stack of the blocks `start:stop` takes, ends included, a shared matrix once."""
+        holds_first, holds_last = start == 0, stop == len(self.block_bytes)
+        total = sum(self.block_bytes[start:stop])
+        if holds_first:
+            total += self.embedding_bytes
+        if holds_last and not (holds_first and self.is_tied):
+            total += self.head_bytes
+        return total + (self.other_bytes if holds_first or holds_last else 0)
+
+
+def measure(stack: Stack, seconds: float = 2.0) -> Speed:
+    """Time the stack's blocks and head with random hidden states, within about `seconds`."""
+    blocks, share = stack.stop - stack.start, seconds / 3
+    past, chunk = (
+        min(count, stack.context_length // 2) for count in (_PAST_TOKENS, _PREFILL_TOKENS)
+    )
+    token, prompt = _hidden(stack, 1), _hidden(stack, chunk)
+    cache = stack.new_cache()
+    stack.run(_hidden(stack, past), cache=cache)
+
+    def decode(logits_for: int | None = None) -> torch.Tensor:
+        if cache.length + 1 > stack.context_length:
+            cache.rollback(0)
+        return stack.run(token, cache=cache, start=cache.length, logits_for=logits_for)
+
+    plain = _median_seconds(decode, share)
+    with_head = _median_seconds(lambda: decode(1), share) if stack.holds_head else plain
+    prefill = _median_seconds(lambda: stack.run(prompt, cache=stack.new_cache()), share)
+    return Speed(plain / blocks, prefill / (blocks * chunk), max(with_head - plain, 0.0))
+
+
+def cache_bytes_per_token(stack: Stack) -> int:
+    """Bytes that one more token adds to a short session's cache, seen in a real step.
+
+    0 for families whose state does not grow. Buffers double, so a session may take twice that.
+    """
+    cache = stack.new_cache()
+    stack.run(_hidden(stack, 1), cache=cache)
+    one = cache.used_byte_count
+    stack.run(_hidden(stack, 1), cache=cache, start=1)
+    return int(cache.used_byte_count - one)
+
+
+def plan_bytes(checkpoint: Checkpoint, dtype: Dtype) -> Sizes:
+    """Count what each part of the checkpoint's model takes in `dtype`, without reading weights."""
+    config = text_config(checkpoint.config)
+    with torch.device("meta"):
+        model = causal_class(config)(config)
+    itemsize = resolve_dtype(checkpoint, dtype).itemsize
+
+    def taken(*modules: nn.Module | None) -> int:
+        weights = {one for module in modules if module for one in module.parameters()}
+        return int(sum(weight.numel() for weight in weights) * itemsize)
+
+    _, layers = find_layers(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return Sizes(
+        block_bytes=tuple(taken(layer) for layer in layers),
+        embedding_bytes=taken(embedding),
+        head_bytes=taken(head),
+        other_bytes=taken(model) - taken(layers, embedding, head),
+        is_tied=is_tied(model),
+    )
+
+
+def free_memory_bytes(device: str) -> int:
+    """Memory that a new process could take on the device, a container's limit respected."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = _available_bytes()
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
+        return max(min(free, limit - int((_CGROUP / "memory.current").read_text())), 0)
+    except (OSError, ValueError):
+        return free
+
+
+def _available_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # no such file outside Linux; half of all memory is then a cautious guess
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _hidden(stack: Stack, tokens: int) -> torch.Tensor:
+    """Random hidden states of a usual size, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, tokens, stack.hidden_size, generator=generator)
+    return hidden.to(stack.device, stack.dtype)
+
+
+def _median_seconds(step: Callable[[], torch.Tensor], seconds: float) -> float:
+    """The median of as many runs as fit, at least three, after one that does not count."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < 4 or time.perf_counter() < end:
+        begun = time.perf_counter()
+        step().flatten()[-1].item()  # waits for the device
+        taken.append(time.perf_counter() - begun)
+    return median(taken[1:])

@@ -1,0 +1,250 @@
+"""A peer that asks: enters a swarm by its token, learns who serves, and finds routes.
+
+1. Entering needs nothing but the token: the model's description and tokenizer come from peers,
+   and are checked against the fingerprint that the token names.
+2. A route is found among the newest records; after a trouble they are read again first.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from random import Random
+
+import trio
+
+from routing.cost import CLIENT, CostModel, MeasuredLinks, Work
+from routing.route import NoRoute as Gap
+from routing.route import Route
+from routing.search import fastest_route
+from swarm.client_session import ClientSession, open_session
+from swarm.errors import NoRoute, PeerFault, Refusal, SwarmError, Unreachable
+from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
+from swarm.gossip import fetch_view
+from swarm.identity import Identity
+from swarm.invite import Invite
+from swarm.peers import PeerTable
+from swarm.probe import measure_round_trip
+from swarm.record import PeerRecord
+from swarm.text import ModelCard, Tokens
+from swarm.transport import Host
+
+log = logging.getLogger(__name__)
+
+VIEW_SECONDS = 5.0
+FILES_SECONDS = 60.0
+PROBE_SECONDS = 1.0
+MOST_PROBED = 16
+# For servers nobody measured: an ocean's width, so that measured neighbours are preferred.
+UNMEASURED_SECONDS = 0.15
+WIRE_BYTES_PER_VALUE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a client knows of the swarm's model."""
+
+    fingerprint: str
+    card: ModelCard
+    tokens: Tokens
+
+
+class Client:
+    """A peer of one swarm that serves nothing. Made by `open_client`."""
+
+    def __init__(self, host: Host, identity: Identity, table: PeerTable, model: Model) -> None:
+        self.host = host
+        self.model = model
+        self.table = table
+        self.round_trips: dict[str, float] = {}
+        self._identity = identity
+        self._seed = Random().getrandbits(32)
+
+    def session(
+        self, max_tokens: int, *, route_seconds: float = 30.0
+    ) -> AbstractAsyncContextManager[ClientSession]:
+        """Open a session with room for `max_tokens`; see `open_session`."""
+        return open_session(
+            self.host,
+            self._identity,
+            self.find_route,
+            fingerprint=self.model.fingerprint,
+            max_tokens=max_tokens,
+            wall_clock=time.time,
+            route_seconds=route_seconds,
+        )
+
+    async def find_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
+        """Return the route with the least expected seconds for a decode step. NoRoute if none."""
+        if avoid or not self.records():
+            await self.refresh()
+        blocks = self.model.card.blocks
+        work = Work(
+            blocks=blocks,
+            tokens=1,
+            bytes_per_token=self.model.card.hidden_size * WIRE_BYTES_PER_VALUE,
+            is_prefill=False,
+        )
+        measured = {(CLIENT, peer): seconds for peer, seconds in self.round_trips.items()}
+        try:
+            return fastest_route(
+                self.table.offers(trio.current_time()),
+                blocks,
+                CostModel(MeasuredLinks(measured, UNMEASURED_SECONDS), work),
+                seed=self._seed,
+                needed_tokens=needed_tokens,
+                avoid=avoid,
+            )
+        except Gap as gap:
+            raise no_route(gap) from gap
+
+    def records(self) -> tuple[PeerRecord, ...]:
+        """The servers known now."""
+        return self.table.records(trio.current_time())
+
+    def record_of(self, peer: str) -> PeerRecord | None:
+        """What a server says of itself."""
+        return self.table.record_of(peer)
+
+    async def refresh(self) -> None:
+        """Read the table of every peer that we are linked to; who does not answer adds nothing."""
+        await read_tables(self.host, self.table)
+        for record in self.records():
+            self.host.learn(record.peer, record.addresses)
+
+    async def measure(self) -> None:
+        """Measure the round trip to each server, or to a sample of many; never raises."""
+        peers = sorted(record.peer for record in self.records())
+        if len(peers) > MOST_PROBED:
+            peers = Random(self._seed).sample(peers, MOST_PROBED)
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(self._measure, peer)
+
+    async def _measure(self, peer: str) -> None:
+        try:
+            self.round_trips[peer] = await measure_round_trip(self.host, peer, within=PROBE_SECONDS)
+        except SwarmError as error:
+            self.round_trips[peer] = PROBE_SECONDS
+            log.debug("%s was not measured: %s", peer, error.message)
+
+
+@asynccontextmanager
+async def open_client(
+    host: Host, identity: Identity, invite: Invite, cache: FileCache
+) -> AsyncIterator[Client]:
+    """Enter the swarm that the invite names.
+
+    Raises Unreachable if nobody that it names answers, Refusal if they do not accept its secret,
+    NoRoute if nobody serves anything.
+    """
+    await enter(host, invite)
+    table = PeerTable(invite.swarm_id)
+    await read_tables(host, table)
+    records = table.records(trio.current_time())
+    if not records:
+        raise NoRoute(
+            "nobody serves a model in this swarm yet",
+            next_step="wait for a server to finish loading, then try again",
+        )
+    for record in records:
+        host.learn(record.peer, record.addresses)
+    model = await fetch_model(host, records, cache)
+    client = Client(host, identity, table, model)
+    await client.measure()
+    yield client
+
+
+async def enter(host: Host, invite: Invite, *, within: float = 10.0) -> None:
+    """Be linked to at least one of the peers that the invite names, as soon as one answers."""
+    failures: list[SwarmError] = []
+
+    async def dial(peer: str, scope: trio.CancelScope) -> None:
+        try:
+            await host.dial(peer, within=within)
+        except (Unreachable, Refusal) as error:
+            failures.append(error)
+        else:
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for peer, addresses in invite.peers.items():
+            if peer == host.peer:
+                continue
+            host.learn(peer, addresses)
+            nursery.start_soon(dial, peer, nursery.cancel_scope)
+    if host.links():
+        return
+    refusals = [error for error in failures if isinstance(error, Refusal)]
+    if refusals:
+        raise refusals[0]
+    raise Unreachable(
+        "none of the peers that the join token names answers",
+        next_step="ask somebody in the swarm for a fresh token (`swarm invite`)",
+    )
+
+
+async def read_tables(host: Host, table: PeerTable) -> None:
+    """Read the table of every linked peer, at the same time."""
+    async with trio.open_nursery() as nursery:
+        for peer in sorted(host.links()):
+            nursery.start_soon(_take_view, host, peer, table)
+
+
+async def _take_view(host: Host, peer: str, table: PeerTable) -> None:
+    try:
+        view = await fetch_view(host, peer, VIEW_SECONDS)
+        for signed, age in view:
+            table.add(signed, trio.current_time(), age)
+    except SwarmError as error:
+        log.debug("%s gave no table: %s", peer, error.message)
+
+
+async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:
+    """Return the model's description and tokenizer, from disk or from the first peer that gives
+    the files its fingerprint calls for. The last peer's error if none does.
+    """
+    last: SwarmError = PeerFault("no server tells which files its model has")
+    for record in sorted(records, key=lambda record: record.peer not in host.links()):
+        proved = fingerprint_of(record.checkpoint_digest, record.files_digest)
+        if proved != record.fingerprint:
+            log.debug("%s announces a fingerprint that its digests do not prove", record.peer)
+            continue
+        try:
+            files = await _load_or_fetch(host, record, cache)
+            return model_of(record.fingerprint, files)
+        except SwarmError as error:
+            last = error
+    raise last
+
+
+def model_of(fingerprint: str, files: SmallFiles) -> Model:
+    """Return what the small files say. PeerFault if they are malformed."""
+    if "model.json" not in files:
+        raise PeerFault("the model's files lack model.json")
+    card = ModelCard.read(files["model.json"])
+    return Model(fingerprint=fingerprint, card=card, tokens=Tokens(files))
+
+
+async def _load_or_fetch(host: Host, record: PeerRecord, cache: FileCache) -> SmallFiles:
+    files = cache.load(record.files_digest)
+    if files is None:
+        files = await fetch_files(host, record.peer, record.files_digest, within=FILES_SECONDS)
+        try:
+            cache.store(files)
+        except OSError as error:
+            log.debug("the model's files are not kept: %s", error)
+    return files
+
+
+def no_route(gap: Gap) -> NoRoute:
+    """Routing's answer as the error that users see."""
+    uncovered = tuple(str(span) for span in gap.uncovered)
+    if uncovered:
+        step = "`swarm status` shows who is there, `swarm serve --join` adds a server"
+    elif gap.full:
+        step = "try again soon, or with fewer tokens (-n)"
+    else:
+        step = "`swarm status` shows who is there"
+    return NoRoute(str(gap), next_step=step, uncovered=uncovered, is_full=bool(gap.full))

@@ -1,0 +1,250 @@
+"""One session as the client drives it: over a route, and over a fresh one when that fails.
+
+1. Every repair ends: with a route, or within the route's deadline with an error that names the
+   blocks nobody serves.
+2. Whom a trouble accuses is avoided for as long as somebody else can serve its blocks; the oldest
+   suspect is forgiven first.
+3. A session that leaves its `async with` is closed on every hop that can still be reached.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+import trio
+
+from routing.route import Route
+from swarm.chain import Dial, Payload, Send, Shut
+from swarm.errors import NoRoute, SwarmError, Unreachable
+from swarm.identity import Identity
+from swarm.links import Links
+from swarm.messages import AnyMessage, FaultKind, Open, Output, Wanted, Wish
+from swarm.probe import measure_round_trip
+from swarm.session import Action, Deliver, Session, Trouble
+from swarm.transport import Host
+
+OPEN_VALID_SECONDS = 60.0
+SILENCE_SECONDS = 5.0
+ANSWER_SECONDS = 600.0
+RETRY_SECONDS = 0.25
+CLOSE_SECONDS = 2.0
+SUSPICION_SECONDS = 60.0
+# A session that fails this often without a single output in between is not worth another try.
+MOST_REPAIRS = 16
+
+FindRoute = Callable[[frozenset[str], int], Awaitable[Route]]
+"""Finds a route avoiding these peers, with room for so many tokens. NoRoute of `swarm.errors`."""
+
+
+@dataclass(slots=True)
+class Journal:
+    """What happened to a session, for the one who asked."""
+
+    failovers: int = 0
+    replayed_tokens: int = 0
+    outputs: int = 0
+    troubles: list[Trouble] = field(default_factory=list)
+
+
+class ClientSession:
+    """One conversation over a route that is repaired when it fails. Made by `open_session`."""
+
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        find_route: FindRoute,
+        nursery: trio.Nursery,
+        *,
+        fingerprint: str,
+        max_tokens: int,
+        wall_clock: Callable[[], float],
+        route_seconds: float,
+    ) -> None:
+        self.journal = Journal()
+        self.max_tokens = max_tokens
+        self._host = host
+        self._identity = identity
+        self._find_route = find_route
+        self._wall_clock = wall_clock
+        self._route_seconds = route_seconds
+        self._links = Links(host, nursery, self)
+        self._session = Session(
+            session=os.urandom(16),
+            client=identity.peer,
+            fingerprint=fingerprint,
+            max_tokens=max_tokens,
+            sign=self._sign,
+            new_link=self._links.new_number,
+        )
+        self._suspects: dict[str, float] = {}  # since when, oldest first
+        self._troubles: list[Trouble] = []
+        self._outputs: deque[Output] = deque()
+        self._news = trio.Event()
+        self._positions = 0
+        self._repairs = 0
+
+    @property
+    def route(self) -> tuple[tuple[str, str], ...]:
+        """The (peer, span) of the current hops."""
+        return tuple((hop.peer, hop.span) for hop in self._session.route)
+
+    async def open(self) -> None:
+        """Find the first route and open the session on it. NoRoute after the deadline."""
+        await self._take_route()
+
+    def step(self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None) -> None:
+        """Send inputs for positions from `start` on; never waits."""
+        length = next(iter(payload.values())).shape[1]
+        self._positions = start + length
+        self._carry_out(self._session.step(start, payload, wanted, wish))
+
+    async def next_output(self) -> Output:
+        """Return the next output, repairing the route as often as it takes.
+
+        Raises NoRoute when no route is found in time, Unreachable when the route is alive and yet
+        nothing comes, and the Refusal of a swarm that has no room.
+        """
+        deadline = trio.current_time() + ANSWER_SECONDS
+        while not self._outputs:
+            if self._troubles:
+                await self._repair()
+            self._news = trio.Event()
+            with trio.move_on_after(SILENCE_SECONDS) as scope:
+                if not self._outputs and not self._troubles:
+                    await self._news.wait()
+            if scope.cancelled_caught:
+                await self._look_for_the_silent()
+                if trio.current_time() > deadline:
+                    raise Unreachable(f"no answer came for {ANSWER_SECONDS:g} seconds")
+        self._repairs = 0
+        return self._outputs.popleft()
+
+    def close(self) -> None:
+        """End the session on all its hops; never waits."""
+        self._carry_out(self._session.close())
+
+    async def wait_closed(self) -> None:
+        """Return when no stream of this session is open or being closed."""
+        await self._links.wait_empty()
+
+    def received(self, link: int, message: AnyMessage) -> None:
+        """A message came over a chain stream."""
+        self._carry_out(self._session.received(link, message))
+
+    def ended(self, link: int, failure: FaultKind, message: str) -> None:
+        """A chain stream ended."""
+        self._carry_out(self._session.ended(link, failure, message))
+
+    def _carry_out(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Dial() | Send() | Shut():
+                    self._links.carry_out(action)
+                case Deliver(output=output):
+                    self.journal.outputs += 1
+                    self._outputs.append(output)
+                    self._news.set()
+                case Trouble():
+                    self._troubles.append(action)
+                    self._news.set()
+
+    async def _repair(self) -> None:
+        """Act on all troubles at once: a fresh route without the accused, the log replayed."""
+        self._repairs += 1
+        troubles, self._troubles = self._troubles, []
+        self.journal.troubles += troubles
+        if self._repairs > MOST_REPAIRS:
+            raise Unreachable(
+                f"the route failed {MOST_REPAIRS} times in a row, at last {troubles[-1].message}"
+            )
+        for trouble in troubles:
+            if trouble.peer:
+                self._suspect(trouble.peer)
+        self.journal.failovers += 1
+        self.journal.replayed_tokens += self._positions
+        await self._take_route()
+        self._troubles.clear()  # they were of the route just left
+
+    def _suspect(self, peer: str) -> None:
+        self._suspects.pop(peer, None)
+        self._suspects[peer] = trio.current_time()
+
+    async def _take_route(self) -> None:
+        """Find a route, forgiving suspects oldest first, until the deadline; then NoRoute."""
+        now = trio.current_time()
+        deadline = now + self._route_seconds
+        self._suspects = {
+            peer: since for peer, since in self._suspects.items() if now - since < SUSPICION_SECONDS
+        }
+        while True:
+            try:
+                route = await self._find_route(frozenset(self._suspects), self.max_tokens)
+                break
+            except NoRoute:
+                if trio.current_time() >= deadline:
+                    raise
+                if self._suspects:
+                    del self._suspects[next(iter(self._suspects))]
+                else:
+                    await trio.sleep(RETRY_SECONDS)
+        hops = [(hop.peer, str(hop.span)) for hop in route.hops]
+        self._carry_out(self._session.take_route(hops))
+
+    async def _look_for_the_silent(self) -> None:
+        """Accuse the hops that we are linked to and that do not answer a probe."""
+        linked = [hop for hop in self._session.route if hop.peer in self._host.links()]
+
+        async def ask(peer: str, span: str) -> None:
+            try:
+                await measure_round_trip(self._host, peer, within=SILENCE_SECONDS)
+            except SwarmError as error:
+                self._troubles.append(Trouble("silent", peer, span, error.message))
+
+        async with trio.open_nursery() as nursery:
+            for hop in linked:
+                nursery.start_soon(ask, hop.peer, hop.span)
+
+    def _sign(self, opened: Open) -> Open:
+        dated = msgspec.structs.replace(opened, valid_until=self._wall_clock() + OPEN_VALID_SECONDS)
+        return msgspec.structs.replace(dated, signature=self._identity.sign(dated.signed_bytes()))
+
+
+@asynccontextmanager
+async def open_session(
+    host: Host,
+    identity: Identity,
+    find_route: FindRoute,
+    *,
+    fingerprint: str,
+    max_tokens: int,
+    wall_clock: Callable[[], float] = time.time,
+    route_seconds: float = 30.0,
+) -> AsyncIterator[ClientSession]:
+    """Open a session for at most `max_tokens` positions; close it on the way out.
+
+    Raises NoRoute if no route is found within `route_seconds`, now or at a repair.
+    """
+    async with trio.open_nursery() as nursery:
+        session = ClientSession(
+            host,
+            identity,
+            find_route,
+            nursery,
+            fingerprint=fingerprint,
+            max_tokens=max_tokens,
+            wall_clock=wall_clock,
+            route_seconds=route_seconds,
+        )
+        try:
+            await session.open()
+            yield session
+        finally:
+            session.close()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
+                await session.wait_closed()
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,102 @@
+"""What the commands say to people: notes and progress on stderr, results on stdout."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import Progress, TaskID
+
+from swarm.errors import EXIT_BUG, EXIT_INTERRUPTED, SwarmError
+
+
+class Console:
+    """Notes and a progress bar on stderr; facts on stdout, as JSON if asked for."""
+
+    def __init__(self, *, is_json: bool = False) -> None:
+        self._is_json = is_json
+        self._terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def note(self, text: str) -> None:
+        """Say something on the side."""
+        self._terminal.print(text, markup=False)
+
+    def progress(self, label: str) -> Callable[[int, int], None]:
+        """Begin a bar; the result takes (done, total), from any thread, and ends it when done."""
+        bar = Progress(console=self._terminal, transient=True)
+        task: TaskID = bar.add_task(label, total=None)
+        bar.start()
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done >= total:
+                bar.stop()
+
+        return tell
+
+    def ready(self, facts: Mapping[str, Any]) -> None:
+        """Say that the peer serves, and how others join."""
+        if self._is_json:
+            print(json.dumps(facts), flush=True)
+            return
+        self.note(f"serving blocks {facts['span']} as {facts['peer']}")
+        self.note("others join with:")
+        print(f"swarm serve --join {facts['join']}", flush=True)
+        self.note('and ask with: swarm generate --join TOKEN "Once upon a time"')
+
+
+@contextmanager
+def readable_errors(*, is_json: bool) -> Iterator[None]:
+    """Turn what was raised into one sentence and an exit code. Never a traceback.
+
+    With `is_json` the sentence is an object on stdout. SWARM_DEBUG=1 raises on, for a developer.
+    """
+    try:
+        yield
+    except BaseException as raised:
+        error = _foremost(raised)
+        if isinstance(error, SystemExit | GeneratorExit) or _is_debugging():
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(EXIT_INTERRUPTED)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(_silenced())
+        if not isinstance(error, SwarmError):
+            text = f"{type(error).__name__}: {error}"
+            error = SwarmError(
+                f"a bug in swarm, {text}",
+                next_step="run it again with SWARM_DEBUG=1 and report what it prints",
+            )
+        _tell(error, is_json=is_json)
+        sys.exit(error.exit_code)
+
+
+def _foremost(error: BaseException) -> BaseException:
+    """The error that matters in a group of several: a bug first, then the first of ours."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_foremost(inner) for inner in error.exceptions]
+    return min(leaves, key=lambda leaf: isinstance(leaf, SwarmError))
+
+
+def _tell(error: SwarmError, *, is_json: bool) -> None:
+    if is_json:
+        told = {"kind": error.kind, "message": error.message, "next": error.next_step}
+        print(json.dumps({"error": told}), flush=True)
+    else:
+        print(f"swarm: {error.sentence()}", file=sys.stderr)
+
+
+def _silenced() -> int:
+    """Nobody reads what we print: end quietly."""
+    sys.stderr = sys.stdout = None
+    return EXIT_BUG
+
+
+def _is_debugging() -> bool:
+    import os
+
+    return os.environ.get("SWARM_DEBUG", "") not in ("", "0")

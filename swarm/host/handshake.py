@@ -1,0 +1,156 @@
+"""From a TCP socket to an authenticated, encrypted connection that carries many streams.
+
+Noise and Yamux are libp2p's own; only how their messages travel is ours: a dial costs one round
+trip for TCP and one for Noise, the proposals ride along.
+
+1. The peer at the other end holds the key of the id we dialled, or there is no connection.
+2. Whatever the other side sends, all that is raised is Unreachable.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import base58
+import trio
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+from libp2p.io.exceptions import IOException
+from libp2p.network.connection.exceptions import RawConnError
+from libp2p.peer.id import ID
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+
+from swarm.errors import Unreachable
+from swarm.host.channel import Channel
+from swarm.host.negotiation import NotSpoken
+from swarm.host.sockets import Tcp
+from swarm.identity import Identity
+
+_LENGTH = struct.Struct("!H")
+_MOST_PLAIN_BYTES = 65535 - 16  # of one Noise frame, less its tag
+_INSPECTION_BYTES = 128 << 10
+
+
+class Sealed(Channel):
+    """A Noise session over TCP. All frames that have arrived are opened at once."""
+
+    def __init__(self, tcp: Tcp, noise: Any) -> None:
+        super().__init__()
+        self._tcp = tcp
+        self._noise = noise
+        self._sealed = bytearray()
+        self._uninspected = 0
+        self.inspect: Callable[[], None] | None = None
+
+    async def _receive(self) -> bytes:
+        self._sealed += await self._tcp.read()
+        plain = self._open_frames()
+        self._uninspected += len(plain)
+        if self.inspect is not None and self._uninspected > _INSPECTION_BYTES:
+            self._uninspected = 0
+            self.inspect()
+        return plain
+
+    def _open_frames(self) -> bytes:
+        opened = []
+        at, held = 0, memoryview(self._sealed)
+        while at + 2 <= len(held):
+            end = at + 2 + _LENGTH.unpack_from(held, at)[0]
+            if end > len(held):
+                break
+            try:
+                opened.append(self._noise.decrypt(bytes(held[at + 2 : end])))
+            except Exception as error:  # the cipher's own kinds of "forged"; nothing else runs
+                raise RawConnError("connection closed: a forged frame") from error
+            at = end
+        held.release()
+        del self._sealed[:at]
+        return opened[0] if len(opened) == 1 else b"".join(opened)
+
+    async def _send(self, data: bytes) -> None:
+        pieces: list[bytes] = []
+        for start in range(0, len(data), _MOST_PLAIN_BYTES):
+            sealed = self._noise.encrypt(data[start : start + _MOST_PLAIN_BYTES])
+            pieces += (_LENGTH.pack(len(sealed)), sealed)
+        await self._tcp.write(b"".join(pieces))
+
+    def shut(self) -> None:
+        """Close the socket now."""
+        self._tcp.shut()
+
+    async def close(self) -> None:
+        """Close the socket; what the muxer calls."""
+        await self._tcp.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An upgraded connection; `peer` has proved its key. Who holds it runs `mux.start()`."""
+
+    peer: str
+    tcp: Tcp
+    mux: Any
+    sealed: Sealed
+    is_dialler: bool
+
+
+class Handshaker:
+    """Upgrades sockets under one identity."""
+
+    def __init__(self, identity: Identity) -> None:
+        self.key_pair = create_new_key_pair(identity.seed)
+        self._noise = Transport(self.key_pair, noise_privkey=create_noise_key_pair().private_key)
+
+    async def dial(self, tcp: Tcp, peer: str) -> Connection:
+        """Upgrade a socket that we connected to where `peer` should be. Unreachable if not.
+
+        The socket is closed on every failure, cancellation included.
+        """
+        tcp.propose(NOISE)
+        return await self._upgrade(tcp, peer)
+
+    async def accept(self, tcp: Tcp) -> Connection:
+        """Upgrade a socket that was connected to us. Unreachable if it does not come to that.
+
+        The socket is closed on every failure, cancellation included.
+        """
+        return await self._upgrade(tcp, None)
+
+    async def _upgrade(self, tcp: Tcp, peer: str | None) -> Connection:
+        try:
+            if peer is None:
+                return await self._listen(tcp)
+            return await self._call(tcp, peer)
+        except trio.Cancelled:
+            tcp.shut()
+            raise
+        except (NotSpoken, IOException) as error:
+            tcp.shut()
+            raise Unreachable(f"the handshake with {peer or 'a stranger'} failed") from error
+        except Exception as error:  # libp2p's handshake raises what malformed bytes make it raise
+            tcp.shut()
+            raise Unreachable(
+                f"the handshake with {peer or 'a stranger'} failed: {error}"
+            ) from error
+
+    async def _call(self, tcp: Tcp, peer: str) -> Connection:
+        remote = ID(base58.b58decode(peer))
+        session = await self._noise.secure_outbound(tcp, remote)
+        sealed = Sealed(tcp, session.conn.noise_state)
+        sealed.propose(YAMUX)
+        mux = Yamux(sealed, remote, is_initiator=True)
+        return Connection(peer, tcp, mux, sealed, is_dialler=True)
+
+    async def _listen(self, tcp: Tcp) -> Connection:
+        await tcp.answer(lambda protocol: protocol == NOISE)
+        session = await self._noise.secure_inbound(tcp)
+        sealed = Sealed(tcp, session.conn.noise_state)
+        await sealed.answer(lambda protocol: protocol == YAMUX)
+        remote = session.get_remote_peer()
+        peer = base58.b58encode(remote.to_bytes()).decode()
+        mux = Yamux(sealed, remote, is_initiator=False)
+        return Connection(peer, tcp, mux, sealed, is_dialler=False)

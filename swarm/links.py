@@ -1,0 +1,167 @@
+"""Streams for the chain's machines: carries out Dial, Send and Shut, reports what comes back.
+
+1. Whatever is sent to one link is written in order, one write for each message.
+2. A reader never waits for compute nor for a writer: it hands over and reads on.
+3. The end of a link is reported once, and never for a link that was shut.
+4. No queue grows without bound: a link whose receiver takes nothing is given up.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from itertools import count
+from typing import Protocol
+
+import trio
+
+from swarm.chain import Dial, Send, Shut
+from swarm.errors import PeerFault, Refusal, SwarmError, Unreachable
+from swarm.messages import CHAIN_PROTOCOL, AnyMessage, FaultKind, Message
+from swarm.transport import Host, MessageStream
+
+OPEN_SECONDS = 10.0
+WRITE_SECONDS = 20.0
+LINGER_SECONDS = 5.0
+# Credit bounds the data; this bounds the messages around it.
+MOST_UNWRITTEN = 8192
+
+
+class Listener(Protocol):
+    """Who hears of a link. Both are called on the trio thread and do not wait."""
+
+    def received(self, link: int, message: AnyMessage) -> None:
+        """A message came."""
+
+    def ended(self, link: int, failure: FaultKind, message: str) -> None:
+        """The link is no more."""
+
+
+class _Link:
+    """One stream, or one that is being opened."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.stream: MessageStream | None = None
+        self.unwritten: deque[Message] = deque()
+        self.is_shut = False
+        self.scope = trio.CancelScope()
+        self._mail = trio.Event()
+
+    def push(self, message: Message) -> None:
+        if len(self.unwritten) >= MOST_UNWRITTEN:
+            self.scope.cancel()
+            return
+        self.unwritten.append(message)
+        self._mail.set()
+
+    def shut(self) -> None:
+        self.is_shut = True
+        self._mail.set()
+
+    async def write(self, stream: MessageStream) -> None:
+        """Write what is pushed until the link is shut; then cancel the reader."""
+        while True:
+            while self.unwritten:
+                with trio.move_on_after(WRITE_SECONDS) as scope:
+                    await stream.send(self.unwritten.popleft())
+                if scope.cancelled_caught:
+                    raise Unreachable(f"{stream.peer} took nothing for {WRITE_SECONDS:g} seconds")
+            if self.is_shut:
+                self.scope.cancel()
+                return
+            self._mail = trio.Event()
+            await self._mail.wait()
+
+
+class Links:
+    """All chain streams of one peer, by number."""
+
+    def __init__(self, host: Host, nursery: trio.Nursery, listener: Listener) -> None:
+        self._host = host
+        self._nursery = nursery
+        self._listener = listener
+        self._numbers = count(1)
+        self._links: dict[int, _Link] = {}
+        self._is_empty = trio.Event()
+
+    def __len__(self) -> int:
+        return len(self._links)
+
+    async def wait_empty(self) -> None:
+        """Return when no link is open, being opened or being closed."""
+        while self._links:
+            self._is_empty = trio.Event()
+            await self._is_empty.wait()
+
+    def new_number(self) -> int:
+        """Name a link that does not exist yet."""
+        return next(self._numbers)
+
+    def carry_out(self, action: Dial | Send | Shut) -> None:
+        """Do what a machine decided, without waiting."""
+        match action:
+            case Dial(link=number, peer=peer, first=first):
+                link = self._links[number] = _Link(number)
+                link.push(first)
+                self._nursery.start_soon(self._run_dialled, link, peer)
+            case Send(link=number, message=message):
+                if number in self._links:
+                    self._links[number].push(message)
+            case Shut(link=number):
+                if number in self._links:
+                    self._links[number].shut()
+
+    async def adopt(self, number: int, stream: MessageStream, begin: Callable[[], None]) -> None:
+        """Run a stream that a peer opened until it ends; `begin` is called as it may be sent to."""
+        link = self._links[number] = _Link(number)
+        begin()
+        await self._run(link, stream)
+
+    async def _run_dialled(self, link: _Link, peer: str) -> None:
+        try:
+            opened = await self._host.open(peer, CHAIN_PROTOCOL, within=OPEN_SECONDS)
+        except (Unreachable, Refusal) as error:
+            self._report(link, "unreachable", error.message)
+            return
+        stream = MessageStream(opened)
+        try:
+            await self._run(link, stream)
+        finally:
+            await stream.close()
+
+    async def _run(self, link: _Link, stream: MessageStream) -> None:
+        """Read and write until either ends; what is left to write is written even when shut."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(link.write, stream)
+                with link.scope:
+                    await self._read(link, stream)
+                nursery.cancel_scope.deadline = trio.current_time() + LINGER_SECONDS
+        except* SwarmError as group:
+            error = _first(group)
+            kind: FaultKind = "broke_word" if isinstance(error, PeerFault) else "closed"
+            self._report(link, kind, error.message)
+        else:
+            self._report(link, "closed", f"{stream.peer} ended the stream")
+
+    async def _read(self, link: _Link, stream: MessageStream) -> None:
+        while True:
+            message = await stream.receive()
+            if not link.is_shut:
+                self._listener.received(link.number, message)
+
+    def _report(self, link: _Link, failure: FaultKind, message: str) -> None:
+        self._links.pop(link.number, None)
+        if not self._links:
+            self._is_empty.set()
+        if not link.is_shut:
+            link.is_shut = True
+            self._listener.ended(link.number, failure, message)
+
+
+def _first(group: BaseExceptionGroup[SwarmError]) -> SwarmError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if not isinstance(error, SwarmError):
+        raise TypeError(f"{error!r} is not ours")
+    return error

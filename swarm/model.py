@@ -1,0 +1,164 @@
+"""The model a server holds a part of: where its weights lie, and what it is to others.
+
+Imports transformers: only servers come here.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
+from blocks.checkpoint import fingerprint as checkpoint_digest
+from blocks.errors import BlocksError
+from blocks.load import Dtype, load_stack
+from blocks.measure import plan_bytes
+from blocks.stack import Stack
+from routing.offer import Offer
+from routing.placement import BlockSizes, DoesNotFit, auto_span, newcomer_span
+from routing.span import Span
+from swarm.errors import BadInput
+from swarm.files import SmallFiles, fingerprint_of
+from swarm.text import ModelCard
+
+# Room for a few conversations of full length; what is left of the memory is found after loading.
+PLANNED_SESSIONS = 4
+VALUE_BYTES = 4  # of keys, values and history at the widest
+WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A checkpoint, and what peers need to know of it."""
+
+    checkpoint: Checkpoint
+    card: ModelCard
+    files: SmallFiles
+    checkpoint_digest: str
+    fingerprint: str
+    hub_name: str = ""
+
+
+def describe(folder: Path, hub_name: str = "") -> Description:
+    """Read everything but the weights. BadInput names the file that is missing or damaged."""
+    try:
+        checkpoint = open_checkpoint(folder)
+        card = json.dumps(model_card(checkpoint), sort_keys=True).encode()
+        digest = checkpoint_digest(checkpoint)
+        files = {name: path.read_bytes() for name, path in small_files(checkpoint).items()}
+        small = SmallFiles({**files, "model.json": card})
+    except (BlocksError, OSError, ValueError) as error:
+        raise BadInput(str(error)) from error
+    if "tokenizer.json" not in small:
+        raise BadInput(
+            f"{folder} has no tokenizer.json",
+            next_step="save the model's fast tokenizer there (save_pretrained)",
+        )
+    return Description(
+        checkpoint=checkpoint,
+        card=ModelCard.read(card),
+        files=small,
+        checkpoint_digest=digest,
+        fingerprint=fingerprint_of(digest, small.digest),
+        hub_name=hub_name,
+    )
+
+
+def find_folder(model: str) -> tuple[Path, str]:
+    """Return the folder of a model named on the command line, and its hub name if it has one."""
+    folder = Path(model).expanduser()
+    if folder.exists():
+        return folder, ""
+    is_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if is_path:
+        raise BadInput(
+            f"there is no folder {model}", next_step="name a model's folder, or a hub name a/b"
+        )
+    return _download(model), model
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=WEIGHT_FILES))
+    except HFValidationError as error:
+        raise BadInput(f"{name} is neither a folder nor a hub name") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        is_offline = os.environ.get("HF_HUB_OFFLINE")
+        raise BadInput(
+            f"{name} is neither a folder here nor could it be had from the hub",
+            next_step="unset HF_HUB_OFFLINE" if is_offline else "check the name and the network",
+        ) from error
+
+
+def choose_span(
+    wanted: Span | int | None,
+    description: Description,
+    offers: Sequence[Offer],
+    free_bytes: int,
+    dtype: Dtype,
+    seed: int,
+) -> Span:
+    """Return the blocks to hold. BadInput if they do not exist or do not fit."""
+    blocks = description.card.blocks
+    if isinstance(wanted, Span):
+        if wanted.stop > blocks:
+            raise BadInput(
+                f"{description.card.name} has blocks 0:{blocks}, not {wanted}",
+                next_step="choose --blocks within them",
+            )
+        return wanted
+    if isinstance(wanted, int):
+        return newcomer_span(offers, blocks, wanted, seed=seed)
+    try:
+        return auto_span(offers, sizes_of(description, dtype), free_bytes, seed=seed)
+    except DoesNotFit as error:
+        raise BadInput(f"{description.card.name} does not fit: {error}") from error
+
+
+def sizes_of(description: Description, dtype: Dtype) -> BlockSizes:
+    """Return what each part costs, its share of cache and history included, before loading."""
+    planned = plan_bytes(description.checkpoint, dtype)
+    config = description.checkpoint.config.get_text_config(decoder=True)
+    hidden_size = description.card.hidden_size
+    queries = getattr(config, "num_attention_heads", None) or 1
+    heads: int = getattr(config, "num_key_value_heads", None) or queries
+    head_size: int = getattr(config, "head_dim", None) or hidden_size // queries
+    return BlockSizes(
+        block_bytes=planned.block_bytes,
+        embedding_bytes=planned.embedding_bytes + planned.other_bytes,
+        head_bytes=planned.head_bytes + planned.other_bytes,
+        cache_bytes_per_token=2 * heads * head_size * VALUE_BYTES,
+        history_bytes_per_token=hidden_size * VALUE_BYTES,
+        cache_tokens=PLANNED_SESSIONS * description.card.context_length,
+        is_tied=planned.is_tied,
+    )
+
+
+def weight_bytes(description: Description, span: Span, dtype: Dtype) -> int:
+    """What the weights of a span take once loaded, ends included."""
+    return plan_bytes(description.checkpoint, dtype).span_bytes(span.start, span.stop)
+
+
+def load(
+    description: Description,
+    span: Span,
+    dtype: Dtype,
+    device: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Stack:
+    """Load the blocks. BadInput names what is wrong with the checkpoint."""
+    try:
+        return load_stack(
+            description.checkpoint,
+            span.start,
+            span.stop,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    except BlocksError as error:
+        raise BadInput(str(error)) from error

@@ -1,0 +1,84 @@
+"""A swarm of one's own: three peers on loopback in this process, for a first try without setup.
+
+1. Nobody else can enter: the secret is random, and the hosts listen on loopback only.
+2. The three share one compute thread, as one machine has one processor.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import trio
+
+from blocks.executor import ComputeThread
+from blocks.measure import measure
+from blocks.stack import Stack
+from routing.span import Span
+from swarm.client import Client, open_client
+from swarm.files import FileCache
+from swarm.host import open_host
+from swarm.identity import new_identity
+from swarm.invite import Invite, new_secret, swarm_id_of
+from swarm.model import Description, describe, load
+from swarm.node import open_node
+from swarm.serve import cache_tokens, holding_of, run_in
+from swarm.settings import DEMO_FOLDER, cache_home
+
+PEERS = 3
+MEASURE_SECONDS = 0.05
+LOOPBACK = "127.0.0.1"
+CACHE_BYTES = 1 << 30
+
+
+def even_spans(blocks: int, peers: int) -> tuple[Span, ...]:
+    """Cut the model into as many spans, whose lengths differ by one at most."""
+    peers = min(peers, blocks)
+    cuts = [blocks * number // peers for number in range(peers + 1)]
+    return tuple(Span(start, stop) for start, stop in pairwise(cuts))
+
+
+@asynccontextmanager
+async def open_private_swarm(folder: Path = DEMO_FOLDER) -> AsyncIterator[Client]:
+    """Serve the model in this folder by three peers, and give a client of theirs."""
+    description = await trio.to_thread.run_sync(describe, folder)
+    secret = new_secret()
+    async with AsyncExitStack() as stack:
+        thread = stack.enter_context(ComputeThread(None))
+        addresses: tuple[str, ...] = ()
+        for number, span in enumerate(even_spans(description.card.blocks, PEERS)):
+            addresses = await _add_peer(
+                stack, description, span, secret, thread, addresses, f"private-{number + 1}"
+            )
+        identity = new_identity()
+        host = await stack.enter_async_context(open_host(identity, secret, listen=None))
+        invite = Invite(
+            addresses=addresses, secret=secret, swarm_id=swarm_id_of(description.fingerprint)
+        )
+        cache = FileCache(cache_home() / "files")
+        yield await stack.enter_async_context(open_client(host, identity, invite, cache))
+
+
+async def _add_peer(
+    stack: AsyncExitStack,
+    description: Description,
+    span: Span,
+    secret: bytes,
+    thread: ComputeThread,
+    known: tuple[str, ...],
+    name: str,
+) -> tuple[str, ...]:
+    """Start one more peer; return the addresses of all so far."""
+    loaded: Stack = await trio.to_thread.run_sync(load, description, span, "float32", "cpu")
+    speed = await run_in(thread, lambda: measure(loaded, MEASURE_SECONDS))
+    identity = new_identity()
+    host = await stack.enter_async_context(open_host(identity, secret, listen=LOOPBACK))
+    for address in known:
+        peer = address.rpartition("/")[2]
+        host.learn(peer, (address,))
+        await host.dial(peer, within=5.0)
+    node = await stack.enter_async_context(
+        open_node(host, identity, secret, description, name=name)
+    )
+    await node.hold(holding_of(loaded, speed, thread, cache_tokens(description, 1, CACHE_BYTES)))
+    return (*known, host.addresses[0])

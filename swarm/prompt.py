@@ -1,0 +1,169 @@
+"""`swarm generate`: from a prompt to text, over whatever swarm there is."""
+
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from swarm.client import Client, open_client
+from swarm.client_session import ClientSession
+from swarm.console import Console
+from swarm.control import ask
+from swarm.errors import BadInput
+from swarm.files import FileCache
+from swarm.generate import GenerateSettings, Generation, check_length, generate
+from swarm.identity import new_identity
+from swarm.invite import Invite, decode_invite
+from swarm.sampling import SamplingSettings
+from swarm.settings import DEFAULT_TOKENS, cache_home, home
+from swarm.text import StopScanner, TextStream
+
+OnText = Callable[[int, str], None]
+"""Called with each token id and the text that it completes, which may be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSettings:
+    """What to say, and how to choose the words. None: as the model's own configuration says."""
+
+    prompt: str
+    most_tokens: int = DEFAULT_TOKENS
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    route_seconds: float = 30.0
+
+
+async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> dict[str, Any]:
+    """Generate and return the object of `swarm generate --json`.
+
+    BadInput if the prompt does not fit, NoRoute if no route is found in time.
+    """
+    card, tokens = client.model.card, client.model.tokens
+    prompt = tokens.encode(settings.prompt)
+    check_length(len(prompt), card.context_length)
+    most = min(settings.most_tokens, card.context_length - len(prompt))
+    began = trio.current_time()
+    speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
+    async with client.session(len(prompt) + most, route_seconds=settings.route_seconds) as session:
+        opening_seconds = trio.current_time() - began
+        made = await generate(
+            session,
+            prompt,
+            GenerateSettings(
+                most_tokens=most,
+                end_ids=frozenset(card.end_of_sequence_ids),
+                sampling=sampling_of(client, settings),
+            ),
+            speaker.say,
+        )
+        speaker.finish()
+        return _report(client, session, made, speaker.text, opening_seconds)
+
+
+def sampling_of(client: Client, settings: PromptSettings) -> SamplingSettings:
+    """The user's choice, completed by the model's own generation config."""
+    defaults = client.model.card.generation
+    if settings.temperature < 0:
+        raise BadInput("--temperature cannot be negative", next_step="0 is the surest text")
+    return SamplingSettings(
+        temperature=settings.temperature,
+        top_p=settings.top_p if settings.top_p is not None else defaults.top_p or 1.0,
+        top_k=settings.top_k if settings.top_k is not None else defaults.top_k or 0,
+        repetition_penalty=defaults.repetition_penalty or 1.0,
+        seed=settings.seed if settings.seed is not None else secrets.randbits(32),
+    )
+
+
+class _Speaker:
+    """Turns ids into text for `on_text`, up to a stop string."""
+
+    def __init__(self, stream: TextStream, scanner: StopScanner, on_text: OnText) -> None:
+        self._stream = stream
+        self._scanner = scanner
+        self._on_text = on_text
+        self.text = ""
+
+    def say(self, token: int) -> bool:
+        """Take one id; True once a stop string has come."""
+        self._tell(token, self._scanner.feed(self._stream.feed([token])))
+        return self._scanner.matched is not None
+
+    def finish(self) -> None:
+        """Give what was held back."""
+        if not self._scanner.matched is not None:
+            rest = self._scanner.feed(self._stream.finish()) + self._scanner.finish()
+            if rest:
+                self._tell(-1, rest)
+
+    def _tell(self, token: int, text: str) -> None:
+        self.text += text
+        self._on_text(token, text)
+
+
+def _report(
+    client: Client, session: ClientSession, made: Generation, text: str, opening_seconds: float
+) -> dict[str, Any]:
+    count = len(made.token_ids)
+    later = count - 1
+    route = []
+    for peer, span in session.route:
+        record = client.record_of(peer)
+        route.append({"peer": peer, "span": span, "name": record.name if record else ""})
+    return {
+        "text": text,
+        "tokens": count,
+        "token_ids": made.token_ids,
+        "finish_reason": made.finish_reason,
+        "seconds": opening_seconds + made.seconds,
+        "ttft_seconds": opening_seconds + made.first_token_seconds,
+        "tokens_per_second": later / made.decode_seconds if made.decode_seconds > 0 else None,
+        "computed_seconds": made.computed_seconds,
+        "route": route,
+        "failovers": session.journal.failovers,
+        "replayed_tokens": session.journal.replayed_tokens,
+        "draft": None,
+    }
+
+
+async def run_prompt(
+    settings: PromptSettings, join: str | None, console: Console, on_text: OnText
+) -> dict[str, Any]:
+    """Find a swarm and answer: that of the token, of the own daemon, or a private one."""
+    token = join or _daemon_token()
+    if token is not None:
+        async with open_joined(decode_invite(token)) as client:
+            return await answer(client, settings, on_text)
+    from swarm.private import open_private_swarm
+
+    console.note(
+        "No swarm of yours runs, so this is a private one: three peers on loopback with the demo "
+        "model.\nStart a real one with `swarm serve MODEL`, or join one with --join TOKEN."
+    )
+    async with open_private_swarm() as client:
+        return await answer(client, settings, on_text)
+
+
+@asynccontextmanager
+async def open_joined(invite: Invite) -> AsyncIterator[Client]:
+    """Enter a swarm as a peer that only asks, under a fresh key."""
+    from swarm.host import open_host
+
+    identity = new_identity()
+    async with open_host(identity, invite.secret, listen=None) as host:
+        files = FileCache(cache_home() / "files")
+        async with open_client(host, identity, invite, files) as client:
+            yield client
+
+
+def _daemon_token() -> str | None:
+    try:
+        found = ask(home(), "invite")
+    except (OSError, ValueError):
+        return None
+    return str(found["join"]) if found and "join" in found else None

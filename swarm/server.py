@@ -1,0 +1,230 @@
+"""A peer that serves: takes sessions on its span, within its room, from whom it may.
+
+1. Nothing a peer sends is acted on before its Open is checked: signature, time, place, sender.
+2. A leg is admitted only if all tokens it may ever hold fit beside those promised before.
+3. A lost up stream costs nothing for one grace time; after it nothing of the leg is left.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from routing.span import Span
+from swarm.chain import Dial, Send, Shut
+from swarm.errors import PeerFault, SwarmError
+from swarm.identity import verify
+from swarm.leg import Action, Compute, Forget, Grace
+from swarm.legs import Legs
+from swarm.links import Links
+from swarm.messages import (
+    CHAIN_PROTOCOL,
+    AnyMessage,
+    Attach,
+    FaultKind,
+    HopTime,
+    Open,
+    Prepare,
+    Refused,
+)
+from swarm.transport import Host, MessageStream, Stream
+from swarm.worker import Executor, Worker, payload_of
+
+if TYPE_CHECKING:
+    from blocks.executor import Done
+
+log = logging.getLogger(__name__)
+
+FIRST_MESSAGE_SECONDS = 10.0
+GRACE_SECONDS = 30.0
+RETRY_SECONDS = 5.0
+# How wrong the clocks of two machines may be before one refuses the other's Open.
+CLOCK_SLACK_SECONDS = 300.0
+PREPARE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a server takes on: its span, for one model, up to so many tokens of cache."""
+
+    span: Span
+    fingerprint: str
+    cache_tokens: int
+
+
+class Server:
+    """Serves one span to whoever the host lets in. `run` is awaited by its owner."""
+
+    def __init__(
+        self,
+        host: Host,
+        executor: Executor,
+        room: Room,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        grace_seconds: float = GRACE_SECONDS,
+    ) -> None:
+        self.room = room
+        self.is_draining = False
+        self._is_ending = False
+        self.steps_computed = 0
+        self._host = host
+        self._wall_clock = wall_clock
+        self._grace_seconds = grace_seconds
+        self._worker = Worker(executor, self._done)
+        self._graces: dict[int, trio.CancelScope] = {}
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of cache that no leg was promised."""
+        return max(0, self.room.cache_tokens - sum(leg.max_tokens for leg in self._legs.legs()))
+
+    @property
+    def sessions(self) -> int:
+        """How many legs are held."""
+        return len(self._legs)
+
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing of any session is left here, no stream and no timer."""
+        return self._legs.free_of_sessions and not len(self._links)
+
+    async def wait_idle(self) -> None:
+        """Return when no session has a stream here."""
+        await self._links.wait_empty()
+
+    async def run(self, is_serving: trio.Event) -> None:
+        """Serve until cancelled; set the event as soon as sessions can come."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._links = Links(self._host, nursery, self)
+            self._legs = Legs(self._admit, self._links.new_number)
+            nursery.start_soon(self._worker.run)
+            self._host.serve(CHAIN_PROTOCOL, self._handle)
+            is_serving.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._is_ending = True  # what still comes back starts nothing any more
+
+    def received(self, link: int, message: AnyMessage) -> None:
+        """A message came over a chain stream."""
+        if isinstance(message, Prepare):
+            self._nursery.start_soon(self._prepare, message.peer)
+        elif isinstance(message, Open) and not self._is_signed(message):
+            log.warning("an unsigned route came over link %d", link)
+        else:
+            self._carry_out(self._legs.received(link, message))
+
+    def ended(self, link: int, failure: FaultKind, message: str) -> None:
+        """A chain stream ended."""
+        self._carry_out(self._legs.ended(link, failure, message))
+
+    async def _handle(self, stream: Stream) -> None:
+        messages = MessageStream(stream)
+        first = await messages.receive(within=FIRST_MESSAGE_SECONDS)
+        match first:
+            case Prepare():
+                await self._prepare(first.peer)
+            case Open():
+                refused = self._check(first, stream.peer)
+                if refused is not None:
+                    await messages.send(refused)
+                    return
+                await self._adopt(messages, lambda link: self._legs.opened(link, first))
+            case Attach():
+                peer = stream.peer
+                await self._adopt(messages, lambda link: self._legs.attached(link, peer, first))
+            case _:
+                raise PeerFault(f"{stream.peer} began a stream with {type(first).__name__}")
+
+    async def _adopt(self, messages: MessageStream, begin: Callable[[int], list[Action]]) -> None:
+        link = self._links.new_number()
+        await self._links.adopt(link, messages, lambda: self._carry_out(begin(link)))
+
+    async def _prepare(self, peer: str) -> None:
+        try:
+            await self._host.dial(peer, within=PREPARE_SECONDS)
+        except SwarmError as error:
+            log.debug("no link to %s yet: %s", peer, error)
+
+    def _check(self, opened: Open, sender: str) -> Refused | None:
+        """Is this Open what its client signed, in time, and does it come from the hop before?"""
+        if not self._is_signed(opened):
+            return Refused(reason="not_allowed", message="the route is not signed by its client")
+        if opened.hops[opened.at].peer != self._host.peer:
+            return Refused(reason="not_allowed", message="the route names another peer here")
+        before = opened.hops[opened.at - 1].peer if opened.at else opened.client
+        if sender != before:
+            return Refused(reason="not_allowed", message="the route names another sender")
+        return None
+
+    def _is_signed(self, opened: Open) -> bool:
+        is_late = opened.valid_until + CLOCK_SLACK_SECONDS < self._wall_clock()
+        return (
+            opened.at < len(opened.hops)
+            and not is_late
+            and verify(opened.client, opened.signed_bytes(), opened.signature)
+        )
+
+    def _admit(self, opened: Open) -> Refused | None:
+        """May a new leg begin? None for yes."""
+        if self.is_draining:
+            return Refused(reason="draining", message="this server is leaving")
+        if opened.fingerprint != self.room.fingerprint:
+            return Refused(reason="wrong_model", message="another model is served here")
+        try:
+            span = Span.parse(opened.hops[opened.at].span)
+        except ValueError:
+            span = None
+        if span is None or not self.room.span.covers(span):
+            held = f"blocks {self.room.span} are held here"
+            return Refused(reason="span_not_held", message=held)
+        if opened.max_tokens > self.free_tokens:
+            return Refused(
+                reason="full",
+                message=f"room for {self.free_tokens} tokens is left",
+                retry_seconds=RETRY_SECONDS,
+            )
+        return None
+
+    def _carry_out(self, actions: list[Action]) -> None:
+        if self._is_ending:
+            return
+        for action in actions:
+            match action:
+                case Dial() | Send() | Shut():
+                    self._links.carry_out(action)
+                case Compute(leg=number, span=span, step=step):
+                    self._worker.compute(number, Span.parse(span).blocks, step)
+                case Forget(leg=number):
+                    self._worker.forget(number)
+                case Grace(leg=number, is_running=True):
+                    scope = self._graces[number] = trio.CancelScope()
+                    self._nursery.start_soon(self._wait_grace, number, scope)
+                case Grace(leg=number):
+                    if number in self._graces:
+                        self._graces.pop(number).cancel()
+
+    async def _wait_grace(self, number: int, scope: trio.CancelScope) -> None:
+        with scope:
+            await trio.sleep(self._grace_seconds)
+            del self._graces[number]
+            self._carry_out(self._legs.grace_over(number))
+
+    def _done(self, done: "Done") -> None:
+        leg = done.key
+        if not isinstance(leg, int):
+            raise TypeError(f"a result for {leg!r}, which no leg asked for")
+        if done.error is None:
+            self.steps_computed += 1
+            time_spent = HopTime(done.seconds, done.waited)
+            payload = payload_of(done.output)
+            actions = self._legs.computed(leg, done.serial, payload, time_spent)
+        else:
+            log.warning("a step failed: %s", done.error)
+            actions = self._legs.failed(leg, done.error)
+        self._carry_out(actions)

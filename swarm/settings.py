@@ -1,0 +1,81 @@
+"""What a command was asked to do, checked, and where this program keeps its things."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from routing.span import Span
+from swarm.errors import BadInput
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+DEFAULT_TOKENS = 64
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def home() -> Path:
+    """The folder for keys, sockets and what is remembered: SWARM_HOME, or the system's choice."""
+    chosen = os.environ.get("SWARM_HOME")
+    return Path(chosen) if chosen else platformdirs.user_state_path("swarm")
+
+
+def cache_home() -> Path:
+    """The folder for what can be fetched again."""
+    chosen = os.environ.get("SWARM_HOME")
+    return Path(chosen) / "cache" if chosen else platformdirs.user_cache_path("swarm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `swarm serve` was asked to do."""
+
+    model: str | None = None
+    blocks: Span | int | None = None  # None: as much as fits, where it is needed most
+    join: str | None = None
+    is_public: bool = False
+    dtype: str = "auto"
+    device: str = "cpu"
+    memory_bytes: int | None = None
+    listen: str = "0.0.0.0"  # a server of a swarm is there to be reached
+    port: int | None = None  # None: the one used before, or any
+    announce: tuple[str, ...] = ()
+    identity: Path | None = None
+    name: str = ""
+    threads: int | None = None
+    is_json: bool = False
+
+
+def parse_blocks(text: str) -> Span | int | None:
+    """Read --blocks: "8:16", "12" or "auto" (None). BadInput says what is allowed."""
+    if text == "auto":
+        return None
+    try:
+        if ":" in text:
+            return Span.parse(text)
+        if int(text) > 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise BadInput(
+        f"--blocks {text} is not a choice of blocks",
+        next_step="give a span like 8:16, a count like 12, or auto",
+    )
+
+
+def parse_dtype(text: str) -> str:
+    """Read --dtype. BadInput says what is allowed."""
+    if text not in DTYPES:
+        raise BadInput(f"--dtype {text} is unknown", next_step=f"choose {', '.join(DTYPES)}")
+    return text
+
+
+def parse_bytes(text: str) -> int:
+    """Read "8GB", "500M" or plain bytes. BadInput says what is allowed."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise BadInput(f"--memory {text} is not an amount", next_step="give one like 8GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

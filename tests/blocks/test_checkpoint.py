@@ -1,0 +1,162 @@
+"""A folder is opened only if it is whole, and described without torch."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_models import BLOCKS, TinyModel
+
+from blocks.checkpoint import fingerprint, model_card, open_checkpoint, small_files
+from blocks.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(llama: TinyModel, tmp_path: Path) -> Path:
+    """A copy of a tiny llama that a test may damage."""
+    return Path(shutil.copytree(llama.checkpoint.folder, tmp_path / "copy"))
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def set_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_whole_checkpoint_tells_its_shape_and_where_every_tensor_is(llama: TinyModel) -> None:
+    checkpoint = llama.checkpoint
+    assert (checkpoint.blocks, checkpoint.hidden_size) == (BLOCKS, 32)
+    assert (checkpoint.vocabulary_size, checkpoint.context_length) == (96, 128)
+    assert (checkpoint.model_type, len(checkpoint.shards) > 2) == ("llama", True)
+    index = json.loads((checkpoint.folder / INDEX).read_text())
+    assert checkpoint.weight_map == index["weight_map"]
+    assert sum(checkpoint.tensor_bytes.values()) == index["metadata"]["total_size"]
+
+
+def test_an_unknown_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere is an unknown folder.*no config\.json"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is an unknown folder"):
+        open_checkpoint(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -1])
+def test_a_truncated_shard_is_refused_by_name(folder: Path, kept: int) -> None:
+    path = shard(folder)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=rf"{path.name} .*cut off"):
+        open_checkpoint(folder)
+
+
+def test_a_damaged_header_is_refused_by_the_shards_name(folder: Path) -> None:
+    path = shard(folder)
+    data = bytearray(path.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{path.name} has a damaged header"):
+        open_checkpoint(folder)
+
+
+def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:
+    shard(folder).unlink()
+    with pytest.raises(CheckpointError, match=rf"{shard(folder).parent}.*00002.* is missing"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_that_its_shard_lacks_is_refused_by_name(folder: Path) -> None:
+    weights = json.loads((folder / INDEX).read_text())["weight_map"]
+    set_json(folder / INDEX, weight_map={**weights, "model.extra": shard(folder).name})
+    with pytest.raises(CheckpointError, match=r"tensor model\.extra .*lacks it"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/passwd", 7])
+def test_an_index_cannot_lead_out_of_the_folder(folder: Path, name: object) -> None:
+    set_json(folder / INDEX, weight_map={"model.norm.weight": name})
+    with pytest.raises(CheckpointError, match="is no file name"):
+        open_checkpoint(folder)
+
+
+def test_only_safetensors_are_read(folder: Path) -> None:
+    set_json(folder / INDEX, weight_map={"model.norm.weight": "pytorch_model.bin"})
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin; only \.safetensors"):
+        open_checkpoint(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        open_checkpoint(folder)
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin, which can run code"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "no-such-family"}, "no model type that transformers knows"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
+        ({"num_hidden_layers": 0}, "no usable num_hidden_layers"),
+    ],
+)
+def test_a_config_that_cannot_be_served_is_refused(
+    folder: Path, changes: dict[str, object], reason: str
+) -> None:
+    set_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(folder)
+
+
+def test_a_config_that_brings_its_own_code_is_refused_and_never_run(folder: Path) -> None:
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+    set_json(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    with pytest.raises(CheckpointError, match="no model type that transformers knows"):
+        open_checkpoint(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_fingerprint_does_not_depend_on_where_the_folder_is(
+    llama: TinyModel, folder: Path
+) -> None:
+    assert fingerprint(open_checkpoint(folder)) == fingerprint(llama.checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_fingerprint_changes_with_every_small_file(folder: Path, name: str) -> None:
+    before = fingerprint(open_checkpoint(folder))
+    if name == "config.json":
+        set_json(folder / name, rms_norm_eps=0.5)
+    else:
+        (folder / name).write_text("{}")
+    assert fingerprint(open_checkpoint(folder)) != before
+
+
+def test_a_fingerprint_changes_with_a_tensors_dtype(folder: Path) -> None:
+    before = fingerprint(open_checkpoint(folder))
+    path = shard(folder)
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    assert fingerprint(open_checkpoint(folder)) != before
+
+
+def test_small_files_are_those_that_exist(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    found = small_files(open_checkpoint(folder))
+    assert found == {name: folder / name for name in ("config.json", "tokenizer.json")}
+
+
+def test_a_card_takes_its_ends_from_the_generation_config_if_there_is_one(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    plain = model_card(open_checkpoint(folder))
+    assert (plain["end_of_sequence_ids"], plain["begin_of_sequence_id"]) == ([2], 1)
+    assert plain["generation"] == {}
+    settings = {"eos_token_id": [4, 5], "temperature": 0.6, "do_sample": True, "max_length": 9}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    card = model_card(open_checkpoint(folder))
+    assert (card["end_of_sequence_ids"], card["begin_of_sequence_id"]) == ([4, 5], None)
+    assert card["generation"] == {"temperature": 0.6, "do_sample": True}
+    assert (card["name"], card["blocks"], card["format"]) == ("copy", BLOCKS, 1)
+    assert json.loads(json.dumps(card)) == card

@@ -1,0 +1,58 @@
+"""What a span is said to cost is what it costs."""
+
+from collections.abc import Callable
+
+import pytest
+from tiny_models import BLOCKS, PROVEN, TinyModel
+
+from blocks.carve import is_tied
+from blocks.load import load_stack
+from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure, plan_bytes
+
+Get = Callable[[str, bool], TinyModel]
+
+
+@pytest.mark.parametrize("span", [(0, 2), (2, 5), (4, 6), (0, 6)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", PROVEN)
+def test_planned_bytes_are_those_of_the_loaded_stack(
+    tiny_model: Get, family: str, tied: bool, span: tuple[int, int]
+) -> None:
+    checkpoint = tiny_model(family, tied).checkpoint
+    model = load_stack(checkpoint, *span, dtype="bfloat16")._carved.model
+    storages = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in model.parameters()}
+    assert plan_bytes(checkpoint, "bfloat16").span_bytes(*span) == sum(storages.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plan_counts_the_head_even_when_it_is_the_embedding(tiny_model: Get, tied: bool) -> None:
+    model = tiny_model("llama", tied)
+    sizes = plan_bytes(model.checkpoint, "float32")
+    assert sizes.embedding_bytes == sizes.head_bytes == 96 * 32 * 4
+    assert sizes.is_tied == tied == is_tied(model.whole)
+    assert sizes.other_bytes == 32 * 4
+    assert len(sizes.block_bytes) == BLOCKS
+
+
+def test_one_more_token_costs_what_its_keys_and_values_take(tiny_model: Get) -> None:
+    checkpoint = tiny_model("llama", False).checkpoint
+    per_block = 2 * 2 * 8
+    assert cache_bytes_per_token(load_stack(checkpoint, 1, 4)) == 3 * per_block * 4
+    assert cache_bytes_per_token(load_stack(checkpoint, 0, 1, dtype="bfloat16")) == per_block * 2
+
+
+def test_speeds_are_measured_for_blocks_and_for_a_head_that_is_there(llama: TinyModel) -> None:
+    middle = measure(load_stack(llama.checkpoint, 1, 3), seconds=0.05)
+    assert middle.decode_seconds_per_block > 0
+    assert middle.prefill_seconds_per_block_token > 0
+    assert middle.head_seconds == 0
+    assert middle.prefill_seconds_per_block_token < middle.decode_seconds_per_block
+    assert measure(load_stack(llama.checkpoint, 5, 6), seconds=0.05).head_seconds >= 0
+
+
+def test_measuring_goes_on_beyond_the_context(llama: TinyModel) -> None:
+    assert measure(load_stack(llama.checkpoint, 0, 1), seconds=0.5).decode_seconds_per_block > 0
+
+
+def test_some_memory_is_free() -> None:
+    assert 2**20 < free_memory_bytes("cpu") < 2**50

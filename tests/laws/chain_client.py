@@ -1,0 +1,243 @@
+"""The client of the explored chain: what it asks for, and how it repairs its route.
+
+1. What it is given is the reference, each position once.
+2. It repairs nothing that did not fail and blames only peers that failed or whose link did.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from chain_stack import VOCABULARY, numbers_of, payload_of, reference
+
+from swarm.chain import Dial, Outlet, Send
+from swarm.messages import Attach, HopName, Message, Mode, Open, Output, Ready
+from swarm.session import Action, Session, Trouble
+
+CLIENT = "client"
+Places = Sequence[tuple[str, str]]
+
+
+class Broken(Exception):
+    """An invariant of the chain does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Who holds what, what the client asks for, how it repairs, and what may go wrong."""
+
+    held: tuple[str, ...]  # by peer: its span, "0:2"
+    route: tuple[tuple[int, str], ...]  # the first: peer, span
+    faults: tuple[str, ...] = ("break",)
+    budget: int = 1
+    prompt: tuple[int, ...] = (5, 6, 7)
+    chunk: int = 2
+    tokens: int = 2
+    drafts: tuple[int, ...] = (0,)  # how many ids a step drafts, by serial in turn
+    weight: int = 1  # bytes that a position counts as
+    repairs_in_place: bool = False
+    room: int = 1000  # legs that one peer takes
+
+    @property
+    def blocks(self) -> int:
+        return max(int(span.split(":")[1]) for span in self.held)
+
+
+def peer_name(index: int) -> str:
+    return f"peer{index}"
+
+
+class PatchingSession(Session):
+    """A client that repairs in place, as docs/protocol.md allows: keep, new, Reroute."""
+
+    def patch(self, hops: Sequence[HopName], *, redial: bool, attach: bool) -> list[Action]:
+        """Take up the route under the next epoch, over the streams that still live."""
+        self.epoch += 1
+        first_before, last_before = self.route[0], self.route[-1]
+        self.route = tuple(hops)
+        is_other = (hops[0].peer, hops[0].span) != (first_before.peer, first_before.span)
+        if redial or is_other or self._uplink is None:
+            self._end_uplink()
+            known = hops[0].mode != "keep"
+            self._uplink = Outlet(self._new_link(), self.epoch, is_known=known)
+            self._actions.append(Dial(self._uplink.link, hops[0].peer, self._open()))
+        else:
+            self._actions.append(Send(self._uplink.link, self._open()))
+        moved = (hops[-1].peer, hops[-1].span) != (last_before.peer, last_before.span)
+        if attach or moved or self._downlink is None:
+            if self._downlink is not None:
+                self._end_downlink(self._downlink)
+            self._attach()
+        self._flush()
+        return self._taken()
+
+    def received(self, link: int, message: Message) -> list[Action]:
+        uplink = self._uplink
+        if uplink is not None and uplink.link == link and isinstance(message, Ready):
+            if not uplink.is_known:
+                uplink.sent, uplink.is_known = message.have, True
+        return super().received(link, message)
+
+
+def unsigned(opened: Open) -> Open:
+    return opened
+
+
+class Client:
+    """Feeds a session with steps and repairs, as a generating caller would."""
+
+    def __init__(self, scenario: Scenario, new_link: Callable[[], int]) -> None:
+        self.scenario = scenario
+        self.session = PatchingSession(
+            session=b"s" * 16,
+            client=CLIENT,
+            fingerprint="f",
+            max_tokens=64,
+            sign=unsigned,
+            new_link=new_link,
+        )
+        self.ids = list(scenario.prompt)
+        self.prefixes: dict[int, tuple[int, ...]] = {}  # what the steps' last positions follow
+        self.asked: dict[int, tuple[int, tuple[int, ...]]] = {}  # serial: start, ids
+        self.state = "running"  # or done, gone
+        self.troubles: list[Trouble] = []
+        self.suspects: list[str] = []  # oldest first
+        self.retried: set[tuple[str, str]] = set()  # since the last output
+        self.repairs = 0
+        self.failed: set[str] = set()  # the world says who failed, or whose link did
+        self.serials = 0
+
+    @property
+    def truth(self) -> tuple[int, ...]:
+        s = self.scenario
+        return reference(s.prompt, s.tokens, s.blocks)
+
+    def start(self) -> list[Action]:
+        route = [(peer_name(peer), span) for peer, span in self.scenario.route]
+        actions = self.session.take_route(route)
+        prompt, chunk = self.scenario.prompt, self.scenario.chunk
+        for begin in range(0, len(prompt), chunk):
+            actions += self._step(begin, prompt[begin : begin + chunk])
+        return actions
+
+    def _step(self, start: int, ids: Sequence[int]) -> list[Action]:
+        self.serials += 1
+        self.prefixes[self.serials] = (*self.ids[:start], *ids)
+        end = start + len(ids)
+        wanted = "last" if end == len(self.ids) else "all" if end > len(self.ids) else "none"
+        if wanted != "none":
+            self.asked[self.serials] = (start, tuple(ids))
+        payload = payload_of("ids", ids, self.scenario.weight)
+        return self.session.step(start, payload, wanted)  # type: ignore[arg-type]
+
+    def delivered(self, output: Output) -> list[Action]:
+        """Check an output, take what it confirms of the draft, and ask for the next."""
+        if self.asked.pop(output.serial, (output.start,))[0] != output.start:
+            raise Broken("an output of another position")
+        self.retried.clear()
+        ids = self.prefixes[output.serial][output.start :]
+        values = numbers_of(output.payload)
+        if len(values) not in (1, len(ids)):
+            raise Broken("a wrong count of outputs")
+        for place, value in enumerate(values):
+            self.ids.append(value % VOCABULARY)
+            if tuple(self.ids) != self.truth[: len(self.ids)]:
+                raise Broken("the caller got another text than the reference")
+            if len(self.ids) == len(self.truth):
+                return self.finish("done")
+            if len(values) > 1 and place + 1 < len(ids) and self.ids[-1] != ids[place + 1]:
+                break
+        return self._step(len(self.ids) - 1, (self.ids[-1], *self._draft()))
+
+    def _draft(self) -> list[int]:
+        """Some right ids and some wrong, by position."""
+        drafts, here = self.scenario.drafts, len(self.ids)
+        count = min(drafts[self.serials % len(drafts)], len(self.truth) - here)
+        return [
+            self.truth[p] if (p * 7 + (p - here) * 3) % 5 < 2 else VOCABULARY
+            for p in range(here, here + count)
+        ]
+
+    def finish(self, state: str) -> list[Action]:
+        self.state = state
+        self.troubles.clear()
+        return self.session.close()
+
+    def noted(self, trouble: Trouble) -> None:
+        if self.state != "running":
+            return
+        if trouble.failure == "broke_word":
+            raise Broken(f"an honest peer is said to have broken its word: {trouble}")
+        if not self.failed and self.scenario.room >= 1000:
+            raise Broken(f"a trouble without a fault: {trouble}")
+        if trouble.peer and trouble.peer not in self.failed and self.scenario.room >= 1000:
+            raise Broken(f"{trouble.peer} is blamed and never failed: {trouble}")
+        if trouble not in self.troubles:
+            self.troubles.append(trouble)
+
+    def may_retry(self) -> bool:
+        """True if the same peers are tried once more before anybody is replaced."""
+        blamed = {(trouble.peer, trouble.span) for trouble in self.troubles}
+        hard = {trouble.failure for trouble in self.troubles} & {"unreachable", "failed"}
+        return not hard and not blamed & self.retried
+
+    def repair(self, how: str, rng: Random | None) -> list[Action]:
+        """Act on all troubles noted: `again` on the same peers, `other`, or fall back."""
+        self.repairs += 1
+        if self.repairs > 40:
+            raise Broken("repairs without end")
+        troubles, self.troubles = self.troubles, []
+        blamed = [(trouble.peer, trouble.span) for trouble in troubles if trouble.peer]
+        if how == "again":
+            self.retried |= set(blamed)
+        else:
+            for peer, _ in blamed:
+                self.suspects = [*(p for p in self.suspects if p != peer), peer]
+        if self.scenario.repairs_in_place and how != "fallback":
+            return self._patch(troubles, blamed if how == "other" else [], rng)
+        if how == "again":
+            return self.session.take_route([(hop.peer, hop.span) for hop in self.session.route])
+        return self.session.take_route(self._cover(0, self.scenario.blocks, rng))
+
+    def _patch(
+        self, troubles: list[Trouble], replaced: list[tuple[str, str]], rng: Random | None
+    ) -> list[Action]:
+        hops: list[HopName] = []
+        route = self.session.route
+        for hop in route:
+            if (hop.peer, hop.span) in replaced:
+                start, stop = map(int, hop.span.split(":"))
+                hops += [HopName(p, s, "new") for p, s in self._cover(start, stop, rng)]
+            else:
+                mode: Mode = "keep" if any(t.span == hop.span for t in troubles) else "new"
+                hops.append(HopName(hop.peer, hop.span, mode))
+        forgotten = any(trouble.failure == "forgotten" for trouble in troubles)
+        return self.session.patch(hops, redial=False, attach=forgotten)
+
+    def _cover(self, start: int, stop: int, rng: Random | None) -> list[tuple[str, str]]:
+        while True:
+            found = self._search(start, stop, rng)
+            if found is not None:
+                return found
+            if not self.suspects:
+                raise Broken("no cover at all")
+            self.suspects.pop(0)  # the oldest suspicion is forgiven
+
+    def _search(self, start: int, stop: int, rng: Random | None) -> list[tuple[str, str]] | None:
+        if start >= stop:
+            return []
+        order = list(range(len(self.scenario.held)))
+        if rng is not None:
+            rng.shuffle(order)
+        for peer in order:
+            first, end = map(int, self.scenario.held[peer].split(":"))
+            if first <= start < end and peer_name(peer) not in self.suspects:
+                rest = self._search(min(end, stop), stop, rng)
+                if rest is not None:
+                    return [(peer_name(peer), f"{start}:{min(end, stop)}"), *rest]
+        return None
+
+
+def is_first(message: Message) -> bool:
+    """True for the messages that begin a stream."""
+    return isinstance(message, Open | Attach)

@@ -1,0 +1,188 @@
+"""Schedulers for a world of the chain: one at random, and one that tries every interleaving.
+
+1. The same seed gives the same run.
+2. Worlds whose parts differ only in the numbers of links and legs are one state.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from random import Random
+from types import MethodType
+from typing import Any
+
+from chain_client import Broken, Client, Scenario
+from chain_stack import Stack
+from chain_world import Event, Link, Peer, World
+
+from swarm.chain import History, Inlet, Outlet
+from swarm.leg import Leg
+from swarm.legs import Legs
+from swarm.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What an exploration saw. `breach` is empty when all laws held."""
+
+    breach: str
+    trace: tuple[Event, ...]
+    steps: int  # transitions taken
+    states: int = 0
+
+
+def run_at_random(scenario: Scenario, seed: int) -> Found:
+    """One run with a seeded scheduler; faults come early or late, by the seed."""
+    rng = Random(seed)
+    rate = rng.choice((0.02, 0.05, 0.1, 0.3))
+    trace: list[Event] = []
+    try:
+        world = World(scenario, rng)
+        while True:
+            events = world.events()
+            faults = world.faults() if not events or rng.random() < rate else []
+            if not events and not faults:
+                break
+            trace.append(rng.choice(faults or events))
+            world.do(trace[-1])
+            if len(trace) > 4000:
+                raise Broken("the session goes on without end")
+        world.check_end()
+    except (Broken, AssertionError, LookupError, ValueError) as breach:
+        return Found(repr(breach), tuple(trace), len(trace))
+    return Found("", tuple(trace), len(trace))
+
+
+def run_many(scenario: Scenario, seeds: Iterable[int]) -> Found:
+    """Random runs until a breach; of that run, the whole trace."""
+    steps = 0
+    for seed in seeds:
+        found = run_at_random(scenario, seed)
+        steps += found.steps
+        if found.breach:
+            return Found(f"seed {seed}: {found.breach}", found.trace, steps)
+    return Found("", (), steps)
+
+
+def explore(scenario: Scenario, most_states: int = 10**9) -> Found:
+    """Every interleaving, breadth first: the first breach comes with its shortest trace."""
+    first = World(scenario)
+    seen = {state_of(first)}
+    waiting: deque[tuple[World, tuple[Any, ...]]] = deque([(first, ())])
+    steps = 0
+    while waiting and len(seen) < most_states:
+        world, trace = waiting.popleft()
+        events = world.events()
+        try:
+            if not events:
+                clone(world).check_end()
+            for event in (*events, *world.faults()):
+                last, trace_there = event, (trace, event)
+                after = clone(world)
+                after.do(event)
+                steps += 1
+                state = state_of(after)
+                if state not in seen:
+                    seen.add(state)
+                    waiting.append((after, trace_there))
+        except (Broken, AssertionError, LookupError, ValueError) as breach:
+            ending = (last,) if events else ()
+            return Found(repr(breach), (*_unfold(trace), *ending), steps, len(seen))
+    return Found("", (), steps, len(seen))
+
+
+def _unfold(trace: tuple[Any, ...]) -> list[Event]:
+    events: list[Event] = []
+    while trace:
+        trace, event = trace
+        events.append(event)
+    return events[::-1]
+
+
+_MUTABLE = (World, Peer, Client, Link, Stack, Legs, Leg, Session, History, Inlet, Outlet)
+
+
+def clone(world: World) -> World:
+    """A copy that shares what cannot change. Quick, because the search lives on it."""
+    copied: World = _clone(world, {})
+    return copied
+
+
+def _clone(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind is list:
+        return [_clone(item, memo) for item in value]
+    if kind is dict:
+        return {key: _clone(item, memo) for key, item in value.items()}
+    if kind is deque:
+        return deque(_clone(item, memo) for item in value)
+    if kind is set:
+        return set(value)
+    if kind is tuple:
+        return tuple([_clone(item, memo) for item in value])
+    if kind is MethodType:
+        return MethodType(value.__func__, _clone(value.__self__, memo))
+    if kind is count:
+        return count(int(repr(value)[len("count(") : -1]))  # it can be read, not asked
+    if not isinstance(value, _MUTABLE):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    copied = memo[id(value)] = object.__new__(kind)
+    names = kind.__slots__ if hasattr(kind, "__slots__") else value.__dict__
+    for name in names:
+        object.__setattr__(copied, name, _clone(getattr(value, name), memo))
+    return copied
+
+
+def state_of(world: World) -> int:
+    """A number for the world's state, whatever its links and legs happen to be called."""
+    names: dict[int, int] = {}
+
+    def name(link: int | None) -> int:
+        return -1 if link is None else names.setdefault(abs(link), len(names))
+
+    def outlet(end: Outlet | None) -> tuple[object, ...]:
+        if end is None:
+            return ()
+        return (name(end.link), end.epoch, end.sent, end.is_known, end.outstanding)
+
+    client, session = world.client, world.client.session
+    parts: list[object] = [
+        (world.budget, client.state, len(client.ids), client.serials, session.epoch, session.got),
+        (session.route, tuple(client.troubles), tuple(client.suspects), client.repairs),
+        (frozenset(client.failed), frozenset(client.retried), world.has_expired),
+        (outlet(session._uplink), name(session._downlink), tuple(session._unanswered)),
+        (tuple(entry.serial for entry in session.log.entries), session._inlet.waiting),
+    ]
+    for peer in world.peers:
+        parts.append((peer.is_alive, peer.refusals, tuple(peer.legs._highest.values())))
+        for leg in sorted(peer.legs.legs(), key=lambda leg: leg.span):
+            serials = tuple(entry.serial for entry in leg.history.entries)
+            steps = tuple(step.serial for step in peer.steps.get(leg.number, ()))
+            parts.append((leg.span, leg.opened, name(leg.up), outlet(leg.down), leg.next, serials))
+            parts.append((outlet(leg.downlink), leg.downlink_epoch, leg.admitted, leg.length))
+            parts.append((steps, leg.has_failed, leg._inlet.waiting, leg._inlet._owed))
+        for parked in sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch):
+            parts.append((name(parked.link), parked.attach))
+        parts.append(len(peer.timers))
+    known = sorted(names, key=names.__getitem__)
+    rest = [link for link in world.links if link not in names]
+    parts += [_link_state(world.links.get(link)) for link in known]
+    parts.append(frozenset(_link_state(world.links[link]) for link in rest))
+    return hash(tuple(parts))
+
+
+def _link_state(link: Link | None) -> object:
+    if link is None:
+        return None
+    queues = tuple(tuple(_message_state(message) for message in queue) for queue in link.queues)
+    return (link.ends, queues, tuple(link.listens), link.is_broken, link.is_new)
+
+
+def _message_state(message: Any) -> object:
+    payload = getattr(message, "payload", None)
+    if payload is None:
+        return message
+    return (type(message), message.serial, getattr(message, "after", 0), message.start)
