@@ -251,7 +251,7 @@ class Stack:
         if mask is None:
             span = torch.arange(start, start + tokens, device=self.device)
             return span.expand(rows, tokens)
-        return torch.arange(start, start + tokens).expand(rows, tokens)
+        return (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:

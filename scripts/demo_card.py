@@ -50,7 +50,7 @@ can be tried without a download; it knows nothing, and nobody should rely on a w
 - **Tokenizer**: byte-level BPE of {vocabulary:,} tokens, trained on the training stories;
   `<|endoftext|>` begins a text and ends it.
 - **Training**: {steps:,} steps, {tokens:,} tokens ({epochs:.1f} epochs), {seconds:,.0f} seconds,
-  {threads} threads on CPU, bfloat16 autocast, AdamW. {note}
+  {threads} threads on CPU, bfloat16 autocast, Muon and AdamW. {note}
 - **Loss**, nats per token: held out {held_out_loss:.3f} (of the weights saved here), training
   {train_loss:.3f} (with dropout, over the steps before). Saved is step {best_step:,}, the best.
 

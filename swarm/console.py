@@ -1,6 +1,7 @@
 """What the commands say to people: notes and progress on stderr, results on stdout."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ class Console:
 
     def progress(self, label: str) -> Callable[[int, int], None]:
         """Begin a bar; the result takes (done, total), from any thread, and ends it when done."""
+        if not self._terminal.is_terminal:
+            self.note(label)
+            return lambda _done, _total: None
         bar = Progress(console=self._terminal, transient=True)
         task: TaskID = bar.add_task(label, total=None)
         bar.start()
@@ -97,6 +101,4 @@ def _silenced() -> int:
 
 
 def _is_debugging() -> bool:
-    import os
-
     return os.environ.get("SWARM_DEBUG", "") not in ("", "0")

@@ -119,9 +119,6 @@ class Leg:
     def reroute(self, opened: Open) -> None:
         """Take epoch and the rest of the route at once, before queued steps, and pass them on."""
         self.opened = opened
-        if self.has_failed:  # the client may have dropped the report: it was of an older epoch
-            own = opened.hops[opened.at]
-            self._accuse("failed", own.peer, "a step failed under an older epoch")
         if self.is_last:
             self._leave_next()
             self.next = None

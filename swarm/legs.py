@@ -31,6 +31,7 @@ Admission = Callable[[Open], Refused | None]
 _Session = tuple[str, bytes]  # client, session
 
 _MOST_PARKED = 64
+_STALE = Refused(reason="stale", message="a newer epoch was seen here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ class Legs:
         if opened.epoch < self._highest.get(session, 0) or (
             leg is not None and opened.epoch <= leg.epoch
         ):
-            self._end(link, Refused(reason="stale", message="a newer epoch was seen here"))
+            self._end(link, _STALE)
             return
         self._highest[session] = opened.epoch
         if leg is not None and not leg.has_failed and hop.mode != "anew":
@@ -168,8 +169,7 @@ class Legs:
         span = opened.hops[opened.at].span
         downlink = None
         if older is not None:
-            if older.downlink_epoch >= opened.epoch:  # an Attach that overtook this Open
-                downlink = older.give_downlink()
+            downlink = older.give_downlink()  # perhaps of an Attach that overtook this Open
             self._free(older, is_session_over=False)
         for other in self.legs():
             is_same = (other.client, other.session) == session
@@ -215,13 +215,26 @@ class Legs:
             case Step():
                 leg.admit(message, link)
             case Open() if message.epoch > leg.epoch and _is_same_place(message, leg):
-                self._highest[(leg.client, leg.session)] = message.epoch
-                leg.reroute(message)
+                self._reroute(leg, link, message)
             case Close():
                 self._free(leg, is_session_over=True)
             case _:
                 self._emit(Shut(link))
                 leg.up_ended()
+
+    def _reroute(self, leg: Leg, link: int, opened: Open) -> None:
+        session = (leg.client, leg.session)
+        if opened.epoch < self._highest[session]:  # another leg of the session heard a newer one
+            self._end(link, _STALE)
+            leg.up_ended()
+            return
+        self._highest[session] = opened.epoch
+        if leg.has_failed or opened.hops[opened.at].mode == "anew":
+            # It begins again, but on a new stream: on this one the sender counts on what it sent.
+            self._end(link, Gone(reason="superseded"))
+            leg.up_ended()
+        else:
+            leg.reroute(opened)
 
     def _free(self, leg: Leg, *, is_session_over: bool) -> None:
         leg.free(is_session_over=is_session_over)

@@ -25,7 +25,7 @@ from blocks.stack import Stack
 from routing.placement import HEADROOM
 from routing.span import Span
 from swarm.client import enter, read_tables
-from swarm.control import serve_control
+from swarm.control_server import serve_control
 from swarm.errors import BadInput, SwarmError
 from swarm.host import open_host
 from swarm.identity import Identity, first_free_identity, identity_from

@@ -1,23 +1,29 @@
-"""The peer map: who holds which blocks, as data and as a table for people. No torch, no libp2p."""
+"""The peer map: who holds which blocks, as data and as a table for people.
+
+Imports late what a question to the own daemon does not need: `swarm status` is quick.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from routing.coverage import coverage, uncovered
 from swarm.control import ask_daemon
-from swarm.invite import Invite, decode_invite
-from swarm.record import PeerRecord, offer_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from swarm.invite import Invite
+    from swarm.record import PeerRecord
 
 _BAR = " ▁▂▃▄▅▆▇█"
 
 
 def status_of(
-    records: Sequence[PeerRecord], round_trips: Mapping[str, float], own: str = ""
+    records: "Sequence[PeerRecord]", round_trips: Mapping[str, float], own: str = ""
 ) -> dict[str, Any]:
     """Return the map in the form of `swarm status --json`. Round trips in seconds by peer."""
+    from routing.coverage import coverage, uncovered
+    from swarm.record import offer_of
+
     if not records:
         return {
             "model": None,
@@ -42,7 +48,9 @@ def status_of(
     }
 
 
-def _peer(record: PeerRecord, round_trips: Mapping[str, float], own: str) -> dict[str, Any]:
+def _peer(record: "PeerRecord", round_trips: Mapping[str, float], own: str) -> dict[str, Any]:
+    from swarm.record import offer_of
+
     rtt = 0.0 if record.peer == own else round_trips.get(record.peer)
     return {
         "peer": record.peer,
@@ -124,10 +132,12 @@ def find_status(join: str | None) -> dict[str, Any]:
         return ask_daemon("status")
     import trio
 
+    from swarm.invite import decode_invite
+
     return trio.run(_joined_status, decode_invite(join))
 
 
-async def _joined_status(invite: Invite) -> dict[str, Any]:
+async def _joined_status(invite: "Invite") -> dict[str, Any]:
     from swarm.prompt import open_joined
 
     async with open_joined(invite) as client:

@@ -48,11 +48,15 @@ class Sealed(Channel):
 
     async def _receive(self) -> bytes:
         self._sealed += await self._tcp.read()
-        plain = self._open_frames()
-        self._uninspected += len(plain)
-        if self.inspect is not None and self._uninspected > _INSPECTION_BYTES:
-            self._uninspected = 0
-            self.inspect()
+        try:
+            plain = self._open_frames()
+            self._uninspected += len(plain)
+            if self.inspect is not None and self._uninspected > _INSPECTION_BYTES:
+                self._uninspected = 0
+                self.inspect()
+        except RawConnError:
+            self.shut()  # the muxer forgives errors in the middle of a frame; a closed socket not
+            raise
         return plain
 
     def _open_frames(self) -> bytes:

@@ -95,6 +95,18 @@ def test_parts_of_one_stack_equal_the_whole_model(model: TinyModel) -> None:
     assert_same(logits_of([held], ids), whole_logits(model, ids))  # and it is whole again
 
 
+def test_a_part_runs_and_stores_nothing_of_the_other_blocks(llama: TinyModel) -> None:
+    held = load_stack(llama.checkpoint, 0, BLOCKS)
+    ran: list[int] = []
+    for number, layer in enumerate(held._carved.parts.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    part = held.part(2, 4)
+    cache = part.new_cache()
+    part.run(torch.zeros(1, 3, 32), cache=cache)
+    assert ran == [2, 3]
+    assert [layer.keys is not None for layer in cache.layers] == [n in ran for n in range(BLOCKS)]
+
+
 def test_a_part_has_only_the_ends_that_belong_to_it(llama: TinyModel) -> None:
     held = load_stack(llama.checkpoint, 0, BLOCKS)
     ends = [(part.holds_embedding, part.holds_head) for part in (held.part(0, 3), held.part(3, 6))]

@@ -11,7 +11,7 @@ from random import Random
 from chain_stack import VOCABULARY, numbers_of, payload_of, reference
 
 from swarm.chain import Dial, Outlet, Send
-from swarm.messages import Attach, HopName, Message, Mode, Open, Output, Ready
+from swarm.messages import Attach, Gone, HopName, Message, Mode, Open, Output, Ready
 from swarm.session import Action, Session, Trouble
 
 CLIENT = "client"
@@ -76,7 +76,17 @@ class PatchingSession(Session):
         if uplink is not None and uplink.link == link and isinstance(message, Ready):
             if not uplink.is_known:
                 uplink.sent, uplink.is_known = message.have, True
+        if uplink is not None and uplink.link == link and message == Gone(reason="superseded"):
+            if uplink.epoch < self.epoch:  # a leg that begins again does so on a new stream
+                return self._dial_again()
         return super().received(link, message)
+
+    def _dial_again(self) -> list[Action]:
+        self._end_uplink()
+        self._uplink = Outlet(self._new_link(), self.epoch)
+        self._actions.append(Dial(self._uplink.link, self.route[0].peer, self._open()))
+        self._flush()
+        return self._taken()
 
 
 def unsigned(opened: Open) -> Open:

@@ -163,7 +163,7 @@ def state_of(world: World) -> int:
             steps = tuple(step.serial for step in peer.steps.get(leg.number, ()))
             parts.append((leg.span, leg.opened, name(leg.up), outlet(leg.down), leg.next, serials))
             parts.append((outlet(leg.downlink), leg.downlink_epoch, leg.admitted, leg.length))
-            parts.append((steps, leg.has_failed, leg._inlet.waiting, leg._inlet._owed))
+            parts.append((steps, leg.has_failed, leg.number in peer.broken, leg._inlet.waiting, leg._inlet._owed))
         for parked in sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch):
             parts.append((name(parked.link), parked.attach))
         parts.append(len(peer.timers))

@@ -14,10 +14,22 @@ from typing import Any
 from chain_client import CLIENT, Broken, Client, Scenario, is_first, peer_name
 from chain_stack import Stack, payload_of, truth
 
-from swarm.chain import Dial, Send, Shut
+from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Send, Shut
 from swarm.leg import Compute, Forget, Grace
 from swarm.legs import Legs
-from swarm.messages import Attach, Close, Fault, FaultKind, HopTime, Message, Open, Refused, Step
+from swarm.messages import (
+    Attach,
+    Close,
+    Fault,
+    FaultKind,
+    HopTime,
+    Message,
+    Open,
+    Output,
+    Refused,
+    Step,
+    payload_bytes,
+)
 from swarm.session import Deliver, Trouble
 
 Event = tuple[Any, ...]
@@ -71,6 +83,7 @@ class Peer:
         self.stacks: dict[int, Stack] = {}
         self.steps: dict[int, deque[Step]] = {}
         self.timers: set[int] = set()
+        self.broken: set[int] = set()  # legs whose executor fails from here on
 
     def admission(self, opened: Open) -> Refused | None:
         if self.refusals:
@@ -88,7 +101,7 @@ class World:
         self.budget = scenario.budget
         self.links: dict[int, Link] = {}
         self.numbers = 0
-        self.has_expired = False
+        self.has_expired = self.may_be_forgotten = False
         self.dials: set[tuple[object, ...]] = set()
         self.peers = [Peer(scenario, self.new_link) for _ in scenario.held]
         self.client = Client(scenario, self.new_link)
@@ -113,7 +126,7 @@ class World:
                 case Deliver(output=output):
                     waiting.extend(self.client.delivered(output))
                 case Trouble() as trouble:
-                    if trouble.failure == "forgotten" and not self.has_expired:
+                    if trouble.failure == "forgotten" and not self.may_be_forgotten:
                         raise Broken("the client is told of a grace time that was not over")
                     self.client.noted(trouble)
                 case Compute(leg=leg, step=step):
@@ -121,6 +134,7 @@ class World:
                 case Forget(leg=leg):
                     self._peer(who).steps.pop(leg, None)
                     self._peer(who).stacks.pop(leg, None)
+                    self._peer(who).broken.discard(leg)
                 case Grace(leg=leg, is_running=True):
                     self._peer(who).timers.add(leg)
                 case Grace(leg=leg):
@@ -263,15 +277,15 @@ class World:
                 self._crash(index, kind)
             case ("refuse", index):
                 self.client.failed.add(peer_name(index))
+                self.may_be_forgotten = True
                 self.peers[index].refusals = 1
             case ("expire", index, number):
                 self.client.failed.add(peer_name(index))
-                self.has_expired = True
+                self.has_expired = self.may_be_forgotten = True
                 self.expire(index, number)
             case ("fail", index, leg):
                 self.client.failed.add(peer_name(index))
-                self.peers[index].steps[leg].clear()
-                self.carry_out(peer_name(index), self.peers[index].legs.failed(leg, "it broke"))
+                self.peers[index].broken.add(leg)
 
     def expire(self, index: int, number: int) -> None:
         self.peers[index].timers.discard(number)
@@ -326,6 +340,9 @@ class World:
     def _compute(self, index: int, leg: int) -> None:
         peer = self.peers[index]
         step = peer.steps[leg].popleft()
+        if leg in peer.broken:
+            self.carry_out(peer_name(index), peer.legs.failed(leg, "out of memory"))
+            return
         (held,) = (held for held in peer.legs.legs() if held.number == leg)
         stack = peer.stacks.setdefault(leg, Stack(held.span))
         outputs = stack.run(step)
@@ -351,9 +368,17 @@ class World:
                     raise Broken(f"{who}, healthy and on the route, is told to free its cache")
 
     def _check_laws(self) -> None:
+        for link in self.links.values():
+            for queue in link.queues:
+                self._check_credit(link, queue)
         for index, peer in enumerate(self.peers):
             if peer.is_alive:
                 self._check_peer(peer_name(index), peer)
+
+    def _check_credit(self, link: Link, queue: deque[Message | End]) -> None:
+        sizes = [payload_bytes(m.payload) for m in queue if isinstance(m, Step | Output)]
+        if sizes and sum(sizes) > max(FIRST_CREDIT, CREDIT_PIECE + max(sizes)):
+            raise Broken(f"more travels to {link.ends} than its credit")
 
     def _check_peer(self, name: str, peer: Peer) -> None:
         legs, taken = list(peer.legs.legs()), set[int]()

@@ -51,9 +51,11 @@ def failure(server: Callable[[MemoryHost], None], wanted: str = FILES.digest) ->
     raised: list[SwarmError] = []
 
     async def client(host: MemoryHost) -> None:
+        started = trio.current_time()
         with pytest.raises(SwarmError) as caught:
             await fetch_files(host, "server", wanted, within=10)
         raised.append(caught.value)
+        assert trio.current_time() < started + 11
 
     between(server, client)
     return raised[0]

@@ -43,6 +43,24 @@ def test_hosts_that_announced_before_they_had_a_link_are_known_soon_after() -> N
     run(body)
 
 
+def test_an_announcement_that_gets_lost_is_repeated_soon() -> None:
+    async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
+        one, other = await members_that_know_each_other(network, nursery, 2)
+        await trio.sleep(60.0)
+        publish, attempts = one.host.publish, [0.0]
+
+        async def publish_from_the_third_on(topic: str, data: bytes) -> None:
+            attempts.append(trio.current_time())
+            if len(attempts) > 3:
+                await publish(topic, data)
+
+        one.host.publish = publish_from_the_third_on  # type: ignore[method-assign]
+        await one.announce(span="2:6")
+        await until(lambda: other.table.record_of(one.peer).span == "2:6", within=4.0)  # type: ignore[union-attr]
+
+    run(body)
+
+
 def test_a_late_joiner_has_the_whole_table_before_anyone_announces_again() -> None:
     async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
         members = await members_that_know_each_other(network, nursery, 6)
@@ -215,13 +233,12 @@ def test_everyone_keeps_at_least_six_links_without_everyone_dialling_everyone(co
 
 def test_a_host_whose_every_link_broke_comes_back_through_its_seeds() -> None:
     async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
-        seed = Member(network, IDENTITIES[0], nursery)
-        member = Member(network, IDENTITIES[1], nursery, seeds=(seed.peer,))
-        await member.join(seed)
-        await member.announce()
-        await until(lambda: seed.knows(member), within=SECONDS_TO_KNOW)
-        network.break_link(seed.peer, member.peer)  # the seed never announced: no record of it
-        await until(lambda: seed.peer in member.host.links(), within=SECONDS_TO_KNOW)
+        seed = network.attach("seed", SECRET)  # of which no record is known
+        member = Member(network, IDENTITIES[0], nursery, seeds=("seed",))
+        member.host.learn("seed", seed.addresses)
+        for _ in range(2):
+            await until(lambda: "seed" in member.host.links(), within=SECONDS_TO_KNOW)
+            network.break_link("seed", member.peer)
 
     run(body)
 

@@ -46,7 +46,7 @@ def test_a_damaged_record_neither_enters_nor_spreads() -> None:
     run(body)
 
 
-def test_a_replayed_older_record_is_not_passed_on() -> None:
+def test_neither_a_replayed_record_nor_one_of_another_model_is_passed_on() -> None:
     async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
         one, other = await members_that_know_each_other(network, nursery, 2)
         passed: list[bytes] = []
@@ -63,9 +63,13 @@ def test_a_replayed_older_record_is_not_passed_on() -> None:
         evil.learn(other.peer, other.host.addresses)
         await evil.dial(other.peer, within=1.0)
         old = sign_record(record(one.identity, sequence=1), one.identity)
-        await evil.publish(TOPIC, old)
+        stranger = IDENTITIES[10]
+        foreign = sign_record(record(stranger, fingerprint="cd" * 32), stranger)
+        fresh = sign_record(record(stranger), stranger)
+        for data in (old, foreign, fresh):
+            await evil.publish(TOPIC, data)
         await trio.sleep(0.5)
-        assert old not in passed
+        assert passed == [fresh]
 
     run(body)
 
@@ -97,6 +101,9 @@ def test_a_view_of_hundreds_of_peers_comes_in_pages() -> None:
         client.learn(member.peer, member.host.addresses)
         view = await fetch_view(client, member.peer, 5.0)
         assert {open_record(data).peer for data, _ in view} == {i.peer for i in many}
+        middle = sorted(identity.peer for identity in many)[199]
+        rest = await fetch_view(client, member.peer, 5.0, after=middle)
+        assert len(rest) == 200
 
     run(body)
 

@@ -197,13 +197,16 @@ def test_a_failed_step_is_reported_once_and_nothing_is_computed_after_it() -> No
     assert desk.legs.computed(number, 2, payload(), TIME) == []
 
 
-def test_a_failed_leg_says_so_again_under_a_newer_epoch() -> None:
-    """The first report may come to the client after it has repaired something else."""
+def test_a_failed_leg_asks_for_a_new_stream_when_it_is_taken_up_again() -> None:
+    """Its report may come to the client after it has repaired something else, and be dropped."""
     desk = middle()
     desk.legs.received(1, step(1, 0))
     desk.legs.failed(desk.leg.number, "out of memory")
-    told = said(desk.legs.received(1, route(2, "here", "next")), 1)
-    assert faults(told) == [("failed", "here", "0:1", 2)]
+    actions = desk.legs.received(1, route(2, "here", "next"))
+    assert said(actions, 1) == [Gone(reason="superseded")]
+    assert Shut(1) in actions
+    again = desk.legs.opened(2, route(2, ("here", "0:1", "keep"), "next"))
+    assert said(again, 2) == [Ready(have=0)]
 
 
 def test_a_failed_leg_begins_again_on_a_new_stream() -> None:

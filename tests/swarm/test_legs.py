@@ -150,6 +150,25 @@ def test_a_next_hop_that_begins_anew_is_not_reached_over_the_old_stream() -> Non
     assert serials(said(actions, dial.link)) == [1]
 
 
+def test_a_reroute_anew_over_a_live_stream_asks_for_a_new_one() -> None:
+    desk = Desk()
+    desk.legs.opened(1, route(1, "here"))
+    desk.compute(desk.legs.received(1, step(1, 0)))
+    actions = desk.legs.received(1, route(2, ("here", "0:1", "anew")))
+    assert said(actions, 1) == [SUPERSEDED]
+    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "anew"))), 3) == [Ready(have=0)]
+    assert desk.leg.admitted == 0
+
+
+def test_a_reroute_older_than_what_another_leg_has_heard_is_stale() -> None:
+    desk = Desk()
+    desk.legs.opened(1, route(1, "here"))
+    desk.legs.opened(3, route(3, "before", "here", at=1))
+    actions = desk.legs.received(1, route(2, "here"))
+    assert said(actions, 1) == [STALE]
+    assert said(desk.legs.opened(4, route(2, ("here", "0:1", "keep"))), 4) == [STALE]
+
+
 def test_a_kept_next_hop_is_sent_nothing_before_its_ready() -> None:
     desk = Desk()
     desk.legs.opened(1, route(1, "here", "next"))
@@ -272,6 +291,16 @@ def test_an_attach_that_overtakes_an_open_anew_is_handed_on_with_its_credit() ->
     assert desk.leg.downlink == outlet, "what is outstanding on a link is not forgotten"
     assert outputs(desk.compute(desk.legs.received(3, step(1, 0)))) == []
     assert outputs(desk.compute(desk.legs.received(3, step(2, 1)))) == [2]
+
+
+def test_a_failed_leg_that_begins_again_keeps_the_downlink() -> None:
+    desk = Desk()
+    desk.legs.opened(1, route(1, "here"))
+    desk.legs.attached(2, "me", attach(1, "0:1"))
+    desk.legs.received(1, step(1, 0))
+    desk.legs.failed(desk.leg.number, "out of memory")
+    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "keep"))), 2) == []
+    assert outputs(desk.compute(desk.legs.received(3, step(1, 0)))) == [1]
 
 
 def test_hole_10_a_reroute_dials_a_next_hop_that_is_gone() -> None:

@@ -93,7 +93,9 @@ def test_greedy_with_repetition_penalty_is_that_of_transformers() -> None:
     penalty = RepetitionPenaltyLogitsProcessor(1.3)
     changed = 0
     for seed in range(100):
-        logits = some_logits(300, seed)
+        logits = some_logits(300, seed) - np.float32(
+            20 * (seed % 2)
+        )  # negative ones are multiplied
         seen = [*np.argsort(-logits)[:5].tolist(), 3, 17]
         scores = penalty(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])
         counts = counts_of(seen, [])
@@ -153,6 +155,13 @@ def test_presence_counts_once_and_frequency_each_time_and_the_prompt_not_at_all(
     less[1], less[2] = 0.5 + 0.4, 0.5 + 3 * 0.4
     expected = np.exp(logits - less) / np.exp(logits - less).sum()
     assert np.abs(draws(logits, settings, counts) - expected).max() < 0.03
+
+
+def test_presence_leaves_an_id_alone_that_only_the_prompt_has() -> None:
+    settings = SamplingSettings(presence_penalty=0.5)
+    logits = np.array([1.0, 0.9], np.float32)
+    for counts, expected in (({0: 0}, 0), ({0: 1}, 1), ({1: 1}, 0)):
+        assert choose(asked(logits, settings, counts), settings, 0, counts) == expected
 
 
 def test_a_penalised_id_is_drawn_even_if_it_is_outside_the_largest() -> None:

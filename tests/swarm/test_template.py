@@ -11,7 +11,11 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be <kind> & 'brief'. Ünï 🎉"},
     {"role": "user", "content": "  What is 2 + 2?\n"},
-    {"role": "assistant", "content": "4", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]},
+    {
+        "role": "assistant",
+        "content": "4",
+        "tool_calls": [{"name": "add", "arguments": {"a": "<é>"}}],
+    },
     {"role": "user", "content": "And 3 + 3?"},
 ]
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "add", "arguments": {}}}]

@@ -80,8 +80,14 @@ async def _libp2p() -> AsyncIterator[Callable[[bytes], HostContext]]:
     yield lambda secret: open_host(new_identity(), secret)
 
 
+@asynccontextmanager
+async def _quiet() -> AsyncIterator[Callable[[bytes], HostContext]]:
+    yield lambda secret: open_host(new_identity(), secret, gossip=False)
+
+
 MEMORY = World("memory", _memory, is_virtual=True)
 LIBP2P = World("libp2p", _libp2p, is_virtual=False)
+QUIET = World("libp2p without gossip", _quiet, is_virtual=False)
 
 
 def acquaint(*hosts: Host) -> None:

@@ -1,0 +1,35 @@
+"""What all tests share: markers that skip with their reason, and one torch thread."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Several servers share two cores in these tests; more threads than cores only slow them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes: scripts/test runs it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Data that does not ship with the project: SWARM_TEST_DATA, or ../shared/data beside it."""
+    named = os.environ.get("SWARM_TEST_DATA")
+    folder = Path(named) if named else _REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set SWARM_TEST_DATA")
+    return folder
