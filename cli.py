@@ -252,3 +252,7 @@ def _print_map(found: dict[str, Any], *, is_cleared: bool) -> None:
 def main() -> None:
     """The entry point of the command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -33,8 +33,9 @@ def plain(text: str) -> str:
     The mojibake is UTF-8 once read as Windows-1252 and written down like that.
     """
     for odd, usual in PLAIN.items():
-        mojibake = odd.encode("utf-8").decode("cp1252", errors="ignore")
-        text = text.replace(mojibake, usual).replace(odd, usual)
+        text = text.replace(odd.encode("utf-8").decode("cp1252", errors="ignore"), usual)
+    for odd, usual in PLAIN.items():  # only now: the mojibake of a dash ends in a curly quote
+        text = text.replace(odd, usual)
     return text
 
 
@@ -76,7 +77,7 @@ def hold_out(stories: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
     """Return (training, held out): whole stories, drawn by `seed`, at least one held out."""
     shuffled = random.Random(seed).sample(stories, len(stories))
     held = max(1, len(stories) * HELD_OUT_PER_THOUSAND // 1000)
-    return shuffled[held:], shuffled[:held]
+    return shuffled[held-1:], shuffled[:held]
 
 
 def longest_copied_run(text: str, sources: Sequence[str]) -> str:

@@ -195,10 +195,15 @@ async def read_tables(host: Host, table: PeerTable) -> None:
 async def _take_view(host: Host, peer: str, table: PeerTable) -> None:
     try:
         view = await fetch_view(host, peer, VIEW_SECONDS)
-        for signed, age in view:
-            table.add(signed, trio.current_time(), age)
     except SwarmError as error:
         log.debug("%s gave no table: %s", peer, error.message)
+        return
+    for signed, age in view:
+        try:
+            table.add(signed, trio.current_time(), age)
+        except PeerFault as fault:
+            log.debug("%s gave a damaged record: %s", peer, fault.message)
+        await trio.lowlevel.checkpoint()  # a signature takes 0.1 ms, a table may hold thousands
 
 
 async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:

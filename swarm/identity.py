@@ -73,6 +73,7 @@ def identity_from(path: Path) -> Identity:
             f"another process uses the identity {path}",
             next_step="stop it, or name another file with --identity",
         ) from error
+    os.fchmod(handle, 0o600)
     seed = os.pread(handle, _SEED_BYTES + 1, 0)
     if not seed:
         seed = os.urandom(_SEED_BYTES)

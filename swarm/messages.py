@@ -184,7 +184,7 @@ def unpack(frame: Frame) -> AnyMessage:
     if frame.tensors or "payload" in header:
         header = {**header, "payload": dict(frame.tensors)}
     try:
-        message: AnyMessage = msgspec.convert(header, AnyMessage)
+        message: AnyMessage = msgspec.convert(header, AnyMessage, builtin_types=(bytes,))
     except (msgspec.ValidationError, RecursionError) as error:
         kind = header.get("k")
         name = kind[:32] if isinstance(kind, str) else "of no kind"

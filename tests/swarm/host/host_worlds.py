@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import trio
 from trio.testing import MockClock
@@ -38,9 +39,7 @@ class Hosts:
         self._leave[host].set()
         await self._gone[host].wait()
 
-    async def _keep(
-        self, secret: bytes, task_status: trio.TaskStatus[Host] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _keep(self, secret: bytes, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         async with self._opened(secret) as host:
             self._leave[host], self._gone[host] = trio.Event(), trio.Event()
             task_status.started(host)
@@ -121,8 +120,15 @@ async def receive_to_end(stream: Stream) -> bytes:
             return data
 
 
+async def send_until_it_ends(stream: Stream) -> None:
+    """Write for ever, as some do who do not read."""
+    while True:
+        await stream.send_all(b"hello")
+        await trio.sleep(0.01)
+
+
 async def until(claim: Callable[[], bool]) -> None:
     """Wait until a claim holds; fail after SOON."""
     with trio.fail_after(SOON):
-        while not claim():
+        while not claim():  # noqa: ASYNC110  (claims are about things that tell nobody)
             await trio.sleep(0.01)

@@ -62,7 +62,7 @@ def test_a_dial_to_a_silent_address_meets_its_deadline() -> None:
         with silent_server() as silent:
             here.learn(peer, [silent])
             began = trio.current_time()
-            with pytest.raises(Unreachable, match="within 0.3 seconds"):
+            with pytest.raises(Unreachable, match=r"within 0\.3 seconds"):
                 await here.open(peer, ECHO, within=0.3)
             assert 0.2 < trio.current_time() - began < 2
 
@@ -139,8 +139,8 @@ def test_closed_streams_leave_nothing_in_the_muxers() -> None:
                 await receive_to_end(stream)
             await stream.close()
         mux, other = muxer_of(here, there.peer), muxer_of(there, here.peer)
+        await until(lambda: not mux.streams and not other.streams)
         for side in (mux, other):
-            await until(lambda side=side: not side.streams)
             assert not side.stream_buffers
             assert not side.stream_events
         assert mux.stream_backlog_semaphore.value == 256
@@ -277,13 +277,15 @@ def test_a_host_that_is_cancelled_ends_at_once() -> None:
 
 def test_no_descriptor_task_or_thread_outlives_a_host() -> None:
     async def visit() -> None:
-        async with open_host(new_identity(), SECRET) as here:
-            async with open_host(new_identity(), SECRET) as there:
-                acquaint(here, there)
-                there.serve(ECHO, echo)
-                stream = await here.open(there.peer, ECHO, within=SOON)
-                await stream.send_all(b"hello")
-                await stream.receive_some()
+        async with (
+            open_host(new_identity(), SECRET) as here,
+            open_host(new_identity(), SECRET) as there,
+        ):
+            acquaint(here, there)
+            there.serve(ECHO, echo)
+            stream = await here.open(there.peer, ECHO, within=SOON)
+            await stream.send_all(b"hello")
+            await stream.receive_some()
 
     async def main() -> None:
         await visit()

@@ -1,0 +1,87 @@
+"""Real `swarm serve` processes on loopback, ended by their ids."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 120.0
+SWARM = [sys.executable, "-m", "cli"]
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    process: "subprocess.Popen[str]"
+    peer: str
+    span: str
+    join: str
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "SWARM_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [*SWARM, "serve", *arguments, "--host", "127.0.0.1", "--threads", "1", "--json"]
+    log = (home / f"serve-{time.monotonic_ns()}.log").open("w")
+    return subprocess.Popen(
+        command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True
+    )
+
+
+def wait_ready(process: "subprocess.Popen[str]") -> ServerProcess:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"the server ended with {process.wait(10)}"
+    facts = json.loads(line)
+    assert facts.get("ready"), facts
+    return ServerProcess(process, facts["peer"], facts["span"], facts["join"])
+
+
+def end(processes: "list[subprocess.Popen[str]]") -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+@contextmanager
+def serving(home: Path, model: Path, spans: list[str]) -> Iterator[list[ServerProcess]]:
+    """One swarm of servers with these spans; the first founds it, the others start together."""
+    common = [str(model), "--dtype", "float32", "--blocks"]
+    begun = [start(home, *common, spans[0])]
+    try:
+        founder = wait_ready(begun[0])
+        begun += [start(home, *common, span, "--join", founder.join) for span in spans[1:]]
+        yield [founder, *(wait_ready(process) for process in begun[1:])]
+    finally:
+        end(begun)
+
+
+def swarm(home: Path, *arguments: str, within: float = 120.0) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
+    return subprocess.run(
+        [*SWARM, *arguments],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=within,
+        check=False,
+    )
