@@ -93,16 +93,16 @@ def serve(
     from swarm.console import Console, readable_errors
 
     with readable_errors(is_json=as_json):
-        from swarm.settings import ServeSettings, parse_blocks, parse_bytes, parse_dtype
+        from swarm import settings as checked
 
-        settings = ServeSettings(
-            model=model,
-            blocks=parse_blocks(blocks),
+        settings = checked.ServeSettings(
+            model=checked.parse_model(model) if model else None,
+            blocks=checked.parse_blocks(blocks),
             join=join,
             is_public=public,
-            dtype=parse_dtype(dtype),
+            dtype=checked.parse_dtype(dtype),
             device=device,
-            memory_bytes=parse_bytes(memory) if memory else None,
+            memory_bytes=checked.parse_bytes(memory) if memory else None,
             listen=host,
             port=port,
             announce=tuple(announce or ()),

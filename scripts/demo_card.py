@@ -37,7 +37,7 @@ pipeline_tag: text-generation
 
 A Llama of {parameters:,} parameters that tells simple English stories. It is there so that a swarm
 can be tried without a download; it knows nothing, and nobody should rely on a word of it.
-`scripts/train_demo.py` made this folder, this page included; `docs/demo-model.md` says why so.
+`scripts/train_demo.py` made this folder, this page included; `docs/demo-model.md` says why.
 
 - **Weights**: Apache-2.0, trained from nothing; no other model's outputs or weights, except that
   the stories themselves were written by one.

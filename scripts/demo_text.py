@@ -77,7 +77,7 @@ def hold_out(stories: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
     """Return (training, held out): whole stories, drawn by `seed`, at least one held out."""
     shuffled = random.Random(seed).sample(stories, len(stories))
     held = max(1, len(stories) * HELD_OUT_PER_THOUSAND // 1000)
-    return shuffled[held-1:], shuffled[:held]
+    return shuffled[held:], shuffled[:held]
 
 
 def longest_copied_run(text: str, sources: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from swarm.client_session import ClientSession
 from swarm.errors import BadInput
 from swarm.messages import HopTime, Output
 from swarm.sampling import SamplingSettings, candidates_from, choose, counts_of, wish_for
+from swarm.text import ModelCard
 from swarm.wire import Tensor
 
 # Long enough to be bound by compute, short enough that hops overlap (docs/protocol.md).
@@ -54,14 +55,19 @@ class Generation:
     decode_seconds: float = 0.0  # from the first token to the last
 
 
-def check_length(prompt_tokens: int, context_length: int) -> None:
-    """BadInput if the prompt leaves no room for a single token, or is empty."""
-    if prompt_tokens == 0:
+def check_prompt(prompt: Sequence[int], card: ModelCard) -> None:
+    """BadInput if the prompt is empty, leaves no room for a token, or is beyond the vocabulary."""
+    if not prompt:
         raise BadInput("the prompt is empty", next_step="give at least one word")
-    if prompt_tokens >= context_length:
+    if len(prompt) >= card.context_length:
         raise BadInput(
-            f"the prompt has {prompt_tokens} tokens, the model's context is {context_length}",
+            f"the prompt has {len(prompt)} tokens, the model's context is {card.context_length}",
             next_step="shorten the prompt",
+        )
+    if max(prompt) >= card.vocabulary_size:
+        raise BadInput(
+            f"the tokenizer gives the id {max(prompt)}, beyond the model's {card.vocabulary_size}",
+            next_step="leave special tokens out of the prompt",
         )
 
 

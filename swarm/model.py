@@ -65,28 +65,16 @@ def describe(folder: Path, hub_name: str = "") -> Description:
     )
 
 
-def find_folder(model: str) -> tuple[Path, str]:
-    """Return the folder of a model named on the command line, and its hub name if it has one."""
-    folder = Path(model).expanduser()
-    if folder.exists():
-        return folder, ""
-    is_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if is_path:
-        raise BadInput(
-            f"there is no folder {model}", next_step="name a model's folder, or a hub name a/b"
-        )
-    return _download(model), model
-
-
-def _download(name: str) -> Path:
+def download(name: str) -> Path:
+    """Return the folder of a hub model, fetched if it is not here yet. BadInput if it cannot be."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=WEIGHT_FILES))
     except HFValidationError as error:
         raise BadInput(f"{name} is neither a folder nor a hub name") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:  # not in the cache counts as the latter
         is_offline = os.environ.get("HF_HUB_OFFLINE")
         raise BadInput(
             f"{name} is neither a folder here nor could it be had from the hub",

@@ -14,7 +14,7 @@ from swarm.console import Console
 from swarm.control import ask
 from swarm.errors import BadInput
 from swarm.files import FileCache
-from swarm.generate import GenerateSettings, Generation, check_length, generate
+from swarm.generate import GenerateSettings, Generation, check_prompt, generate
 from swarm.identity import new_identity
 from swarm.invite import Invite, decode_invite
 from swarm.sampling import SamplingSettings
@@ -46,7 +46,7 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     """
     card, tokens = client.model.card, client.model.tokens
     prompt = tokens.encode(settings.prompt)
-    check_length(len(prompt), card.context_length)
+    check_prompt(prompt, card)
     most = min(settings.most_tokens, card.context_length - len(prompt))
     began = trio.current_time()
     speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)

@@ -42,7 +42,7 @@ from swarm.model import (
     Description,
     choose_span,
     describe,
-    find_folder,
+    download,
     load,
     weight_bytes,
 )
@@ -121,10 +121,13 @@ async def serve(settings: ServeSettings, console: Console) -> None:
 
 
 async def _described(settings: ServeSettings) -> Description:
-    if settings.model is None:
-        return await trio.to_thread.run_sync(describe, DEMO_FOLDER)
-    folder, hub_name = await trio.to_thread.run_sync(find_folder, settings.model)
-    return await trio.to_thread.run_sync(describe, folder, hub_name)
+    model = DEMO_FOLDER if settings.model is None else settings.model
+    return await trio.to_thread.run_sync(_describe_any, model)
+
+
+def _describe_any(model: Path | str) -> Description:
+    """Describe a folder, or a hub name once its files are here."""
+    return describe(model) if isinstance(model, Path) else describe(download(model), model)
 
 
 def _entry(
@@ -191,8 +194,7 @@ async def _swarm_model(host: Host, invite: Invite | None) -> Description:
         if record.fingerprint == demo.fingerprint:
             return demo
         if record.hub_name:
-            folder, hub_name = await trio.to_thread.run_sync(find_folder, record.hub_name)
-            return await trio.to_thread.run_sync(describe, folder, hub_name)
+            return await trio.to_thread.run_sync(_describe_any, record.hub_name)
     name = records[0].model_name if records else "a model nobody serves yet"
     raise BadInput(
         f"this swarm serves {name}, whose weights have no hub name",

@@ -14,6 +14,7 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DEFAULT_TOKENS = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -33,7 +34,7 @@ def cache_home() -> Path:
 class ServeSettings:
     """What `swarm serve` was asked to do."""
 
-    model: str | None = None
+    model: Path | str | None = None  # a folder, a hub name, or the swarm's own (or the demo)
     blocks: Span | int | None = None  # None: as much as fits, where it is needed most
     join: str | None = None
     is_public: bool = False
@@ -46,7 +47,6 @@ class ServeSettings:
     identity: Path | None = None
     name: str = ""
     threads: int | None = None
-    is_json: bool = False
 
 
 def parse_blocks(text: str) -> Span | int | None:
@@ -64,6 +64,20 @@ def parse_blocks(text: str) -> Span | int | None:
         f"--blocks {text} is not a choice of blocks",
         next_step="give a span like 8:16, a count like 12, or auto",
     )
+
+
+def parse_model(text: str) -> Path | str:
+    """Read MODEL: a folder that exists, or a name that the hub may know. BadInput for neither."""
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise BadInput(f"{text} is a file", next_step="name the folder that holds config.json")
+    if _HUB_NAME.fullmatch(text) is None:
+        raise BadInput(
+            f"there is no folder {text}", next_step="name a model's folder, or a hub name a/b"
+        )
+    return text
 
 
 def parse_dtype(text: str) -> str:

@@ -159,7 +159,7 @@ class Link:
                 await handler(stream)
         except SwarmError as error:
             logger.debug("a stream of %s from %s ended: %s", stream.protocol, self.peer, error)
-        except ZeroDivisionError:
+        except Exception:  # a handler's bug must not end the host
             logger.exception("the handler of %s failed", stream.protocol)
         finally:
             self._streams_of_peer -= 1

@@ -6,6 +6,7 @@ Import this before anything of libp2p.
 2. libp2p prints nothing: what matters comes back as an error of ours.
 """
 
+import importlib
 import logging
 import os
 from importlib.metadata import version
@@ -41,5 +42,5 @@ def check_version() -> None:
 
 
 check_version()
+importlib.import_module("libp2p")  # sets up its logging, so ours comes after
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
-# swarm_connection.py and others of libp2p log to the root logger; that cannot be silenced here.

@@ -124,8 +124,7 @@ class World:
                 case Deliver(output=output):
                     waiting.extend(self.client.delivered(output))
                 case Trouble() as trouble:
-                    if trouble.failure == "forgotten" and not self.may_be_forgotten:
-                        raise Broken("the client is told of a grace time that was not over")
+                    self._check_forgotten(trouble)
                     self.client.noted(trouble)
                 case Compute(leg=leg, step=step):
                     self._peer(who).steps.setdefault(leg, deque()).append(step)
@@ -364,6 +363,12 @@ class World:
             for leg in self._peer(who).legs.legs():
                 if leg.up == name and (who, leg.span) in places:
                     raise Broken(f"{who}, healthy and on the route, is told to free its cache")
+
+    def _check_forgotten(self, trouble: Trouble) -> None:
+        """Two repairs on their way at once may cost a third, never one alone."""
+        is_allowed = self.may_be_forgotten or self.client.session.epoch > 2
+        if trouble.failure == "forgotten" and not is_allowed:
+            raise Broken("the client is told of a grace time that was not over")
 
     def _check_laws(self) -> None:
         for link in self.links.values():

@@ -11,44 +11,49 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 120.0
 SWARM = [sys.executable, "-m", "cli"]
 
 
 @dataclass(frozen=True)
 class ServerProcess:
+    """A server that is ready, and what it said of itself."""
+
     process: "subprocess.Popen[str]"
     peer: str
     span: str
     join: str
 
     def kill(self) -> None:
+        """End it at once, as a power cut would."""
         self.process.kill()
         self.process.wait(10)
 
 
 def environment(home: Path) -> dict[str, str]:
+    """The environment of a command whose state lies in `home`, on few cores and offline."""
     return {**os.environ, "SWARM_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Begin `swarm serve` with these arguments; what it says goes to a log in `home`."""
     command = [*SWARM, "serve", *arguments, "--host", "127.0.0.1", "--threads", "1", "--json"]
-    log = (home / f"serve-{time.monotonic_ns()}.log").open("w")
-    return subprocess.Popen(
-        command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True
-    )
+    with (home / f"serve-{time.monotonic_ns()}.log").open("w") as log:
+        return subprocess.Popen(
+            command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True
+        )
 
 
 def wait_ready(process: "subprocess.Popen[str]") -> ServerProcess:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, f"the server ended with {process.wait(10)}"
-    facts = json.loads(line)
-    assert facts.get("ready"), facts
+    """Return what the server says of itself once it serves. RuntimeError if it ends instead."""
+    line = process.stdout.readline() if process.stdout is not None else ""
+    facts = json.loads(line or "{}")
+    if not facts.get("ready"):
+        raise RuntimeError(f"the server ended with {process.wait(10)}: {facts}")
     return ServerProcess(process, facts["peer"], facts["span"], facts["join"])
 
 
 def end(processes: "list[subprocess.Popen[str]]") -> None:
+    """Ask all to drain, and kill those that do not end."""
     for process in processes:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)

@@ -1,0 +1,242 @@
+"""The chain's own machines under an adversarial scheduler: see chain_world for what must hold."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from chain_client import Client, PatchingSession, Scenario
+from chain_explorer import Found, explore, run_many
+from chain_stack import reference
+
+from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, History, Outlet
+from swarm.leg import Leg
+from swarm.legs import Legs
+from swarm.messages import Open, Ready, Step
+
+FAULTS = ("break", "accuse", "crash", "restart", "refuse", "expire", "fail", "leave", "fallback")
+
+TWO = Scenario(
+    held=("0:1", "1:2", "0:1", "1:2"), route=((0, "0:1"), (1, "1:2")), prompt=(5, 6), tokens=1
+)
+THREE = Scenario(
+    held=("0:1", "1:2", "2:3") * 2,
+    route=((0, "0:1"), (1, "1:2"), (2, "2:3")),
+    faults=FAULTS,
+    budget=3,
+    tokens=5,
+    drafts=(2, 0, 1),
+)
+SCENARIOS = {
+    "three hops, each with a spare": THREE,
+    "a peer that can take several hops": replace(
+        THREE,
+        held=("0:3", "1:2", "2:3", "0:1"),
+        route=((3, "0:1"), (1, "1:2"), (2, "2:3")),
+        budget=4,
+    ),
+    "spans of unequal cut": replace(
+        THREE,
+        held=("0:1", "1:3", "3:4", "0:2", "2:4", "1:2", "2:3", "0:1"),
+        route=((0, "0:1"), (1, "1:3"), (2, "3:4")),
+        budget=4,
+    ),
+    "one peer for each block, with room for one leg": replace(
+        THREE,
+        held=("0:1", "1:2"),
+        route=((0, "0:1"), (1, "1:2")),
+        prompt=(5, 6),
+        tokens=3,
+        budget=4,
+        room=1,
+    ),
+    "payloads that use up the credit": replace(
+        THREE, prompt=tuple(range(1, 13)), weight=FIRST_CREDIT // 3
+    ),
+}
+IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["fallback", "in place"])
+
+
+def assert_lawful(found: Found) -> None:
+    assert not found.breach, "\n".join([found.breach, *map(str, found.trace)])
+
+
+@IN_PLACE
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_laws_hold_in_random_runs(name: str, in_place: bool) -> None:
+    scenario = replace(SCENARIOS[name], repairs_in_place=in_place)
+    assert_lawful(run_many(scenario, range(250)))
+
+
+@pytest.mark.slow
+@IN_PLACE
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_laws_hold_in_ten_thousand_random_runs(name: str, in_place: bool) -> None:
+    scenario = replace(SCENARIOS[name], repairs_in_place=in_place)
+    assert_lawful(run_many(scenario, range(1_000, 11_000)))
+
+
+@pytest.mark.parametrize("weight", [1, CREDIT_PIECE - 1, FIRST_CREDIT // 2, FIRST_CREDIT])
+def test_without_a_fault_there_is_no_repair(weight: int) -> None:
+    scenario = replace(THREE, budget=0, prompt=tuple(range(1, 9)), weight=weight, drafts=(0, 1))
+    assert_lawful(run_many(scenario, range(40)))
+
+
+@IN_PLACE
+@pytest.mark.parametrize("fault", ["refuse", "expire", "leave"])
+def test_the_laws_hold_in_every_interleaving_with_one_fault(fault: str, in_place: bool) -> None:
+    found = explore(replace(TWO, faults=(fault,), repairs_in_place=in_place))
+    assert_lawful(found)
+    assert found.states > 100
+
+
+@pytest.mark.slow
+@IN_PLACE
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_laws_hold_in_every_interleaving_of_two_tokens(fault: str, in_place: bool) -> None:
+    assert_lawful(explore(replace(TWO, tokens=2, faults=(fault,), repairs_in_place=in_place)))
+
+
+# --- the explorer can fail: one rule off at a time ----------------------------------------------
+
+
+def _ready_claims_all(self: PatchingSession, link: int, message: object) -> None:
+    return None
+
+
+def without_span_in_the_name(patch: pytest.MonkeyPatch) -> None:
+    """Hole 3 in another dress: what the receiver has is not asked for."""
+    dial = Leg.dial
+
+    def trusting(self: Leg) -> None:
+        dial(self)
+        if self.down is not None and not self.down.is_known:
+            self.down.sent, self.down.is_known = self.down.sent, True
+            self.down.sent = self.history.entries[-1].serial if self.history.entries else 0
+
+    patch.setattr(Leg, "dial", trusting)
+
+
+def without_parking(patch: pytest.MonkeyPatch) -> None:
+    """Hole 8: an Attach that comes before its Open is refused."""
+    from swarm.messages import Gone
+
+    def refuse(self: Legs, parked: object) -> None:
+        self._end(parked.link, Gone(reason="forgotten"))  # type: ignore[attr-defined]
+
+    patch.setattr(Legs, "_park", refuse)
+
+
+def without_outputs_kept(patch: pytest.MonkeyPatch) -> None:
+    """Hole 5: what was computed while no downlink was there is never sent."""
+    attach = Leg.attach
+
+    def forgetful(self: Leg, link: int, epoch: int, have: int) -> None:
+        newest = self.history.entries[-1].serial if self.history.entries else 0
+        attach(self, link, epoch, max(have, newest))
+
+    patch.setattr(Leg, "attach", forgetful)
+
+
+def without_a_cascade(patch: pytest.MonkeyPatch) -> None:
+    """Hole 15: the end of a grace time does not close the hops below."""
+    free = Leg.free
+
+    def alone(self: Leg, *, is_session_over: bool) -> None:
+        free(self, is_session_over=is_session_over and self.up is not None)
+
+    patch.setattr(Leg, "free", alone)
+
+
+def without_gone(patch: pytest.MonkeyPatch) -> None:
+    """Hole 12: a hop that was replaced is told Close."""
+    leave = Leg._leave_next
+
+    def close(self: Leg) -> None:
+        from swarm.chain import Send
+        from swarm.messages import Close
+
+        if self.down is not None:
+            self._emit(Send(self.down.link, Close()))
+        leave(self)
+
+    patch.setattr(Leg, "_leave_next", close)
+
+
+def without_redialling(patch: pytest.MonkeyPatch) -> None:
+    """Hole 10: a hop that has reported its next does not dial it at the next Reroute."""
+    reroute = Leg.reroute
+
+    def once(self: Leg, opened: Open) -> None:
+        is_same = self.next is not None and self.down is None and not self.is_last
+        if is_same and self.next[:2] == opened.hops[opened.at + 1][:2]:  # type: ignore[index]
+            self.opened = opened
+        else:
+            reroute(self, opened)
+
+    patch.setattr(Leg, "reroute", once)
+
+
+def without_credit_for_the_unwanted(patch: pytest.MonkeyPatch) -> None:
+    """Outputs that nobody is sent use up the downlink's credit."""
+    ready = Outlet.ready
+
+    def counting(self: Outlet, history: History, *, is_downlink: bool = False):  # type: ignore[no-untyped-def]
+        return [e for e in ready(self, history) if not is_downlink or e.wanted != "none"]
+
+    patch.setattr(Outlet, "ready", counting)
+
+
+def without_rollback(patch: pytest.MonkeyPatch) -> None:
+    """Hole 2's cousin: a history keeps what was rolled back."""
+    patch.setattr(History, "append", lambda self, entry: self.entries.append(entry))
+
+
+def without_a_check_of_serials(patch: pytest.MonkeyPatch) -> None:
+    """A step that was admitted before is admitted again."""
+    admit = Leg.admit
+
+    def twice(self: Leg, step: Step, link: int) -> None:
+        if step.serial <= self.admitted:
+            self.admitted = step.serial - 1
+        admit(self, step, link)
+
+    patch.setattr(Leg, "admit", twice)
+
+
+CREDIT = SCENARIOS["payloads that use up the credit"]
+BENT: list[tuple[Callable[[pytest.MonkeyPatch], None], Scenario]] = [
+    (without_parking, replace(THREE, budget=0)),
+    (without_span_in_the_name, replace(THREE, repairs_in_place=True)),
+    (without_outputs_kept, replace(THREE, repairs_in_place=True)),
+    (without_a_cascade, replace(THREE, faults=("expire", "break", "accuse"))),
+    (without_gone, replace(THREE, repairs_in_place=True)),
+    (without_credit_for_the_unwanted, replace(CREDIT, budget=0)),
+    (without_a_check_of_serials, replace(THREE, repairs_in_place=True)),
+]
+
+
+@pytest.mark.parametrize(("bend", "scenario"), BENT, ids=lambda item: getattr(item, "__name__", ""))
+def test_the_explorer_finds_a_chain_without_one_rule(
+    bend: Callable[[pytest.MonkeyPatch], None],
+    scenario: Scenario,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bend(monkeypatch)
+    assert run_many(scenario, range(600)).breach
+
+
+def test_the_explorer_tells_a_wrong_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = reference(THREE.prompt, THREE.tokens, 2)
+    monkeypatch.setattr(Client, "truth", wrong)
+    assert "another text" in run_many(replace(THREE, budget=0), range(1)).breach
+
+
+def test_a_client_that_misses_a_ready_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = PatchingSession.received
+
+    def deaf(self: PatchingSession, link: int, message: object) -> object:
+        return [] if isinstance(message, Ready) else received(self, link, message)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PatchingSession, "received", deaf)
+    scenario = replace(THREE, faults=("break",), repairs_in_place=True)
+    assert "stuck" in run_many(scenario, range(300)).breach
