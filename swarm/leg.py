@@ -157,13 +157,10 @@ class Leg:
             self._accuse_sender("a step does not follow the one before")
             return
         if step.start + length > self.max_tokens:
-            self._accuse_sender("a step goes beyond the tokens that the session asked room for")
+            self._accuse_sender("the session is longer than it asked for")
             return
         if not self._inlet.is_within_credit:
             self._accuse_sender("more was sent than credit allows")
-            return
-        if step.start + length > self.max_tokens:
-            self._accuse("broke_word", self._before(), "the session is longer than it asked for")
             return
         self.admitted = step.serial
         self.length = step.start + length

@@ -44,6 +44,7 @@ class MemoryHost:
         self._scopes: set[trio.CancelScope] = set()
         self.secret = secret
         self.is_killed = False
+        self._is_silent = False
 
     @property
     def peer(self) -> str:
@@ -131,11 +132,13 @@ class MemoryHost:
                 logger.exception("the handler of %s failed", stream.protocol)
             finally:
                 self._scopes.discard(scope)
-                await stream.close()
+                if not self._is_silent:
+                    await stream.close()
 
-    def die(self) -> None:
-        """Cancel all handlers; from now on everything raises."""
+    def die(self, *, is_silent: bool) -> None:
+        """Cancel all handlers; from now on everything raises. Silent: their streams do not end."""
         self.is_killed = True
+        self._is_silent = is_silent
         for scope in self._scopes:
             scope.cancel()
 
@@ -318,7 +321,7 @@ class MemoryNetwork:
     def _end(self, host: MemoryHost, *, is_silent: bool) -> None:
         if host.is_killed:
             return
-        host.die()
+        host.die(is_silent=is_silent)
         for other in sorted(self.links_of(host.peer)):
             if is_silent:
                 self.cut(host.peer, other)

@@ -68,6 +68,7 @@ class Pipe:
         self._waiting_bytes = 0
         self._last_due = 0.0
         self._end: tuple[float, str] | None = None
+        self._is_ignored = False
         self._changed = trio.Event()
         line.pipes.add(self)
 
@@ -82,6 +83,8 @@ class Pipe:
                 self.end(f"the peer did not read for {STALL_SECONDS:g} seconds", at_once=True)
             if self._end is not None:
                 raise Unreachable(self._end[1])
+            if self._is_ignored:
+                return
             self._items.append((self._due(), chunk))
             self._waiting_bytes += len(chunk)
             self.wake()
@@ -92,9 +95,27 @@ class Pipe:
             now = trio.current_time()
             if self._items and self._items[0][0] <= now and not self._line.is_cut:
                 return self._arrived(now)
-            if not self._items and self._end is not None and self._has_ended(now):
-                raise Unreachable(self._end[1])
+            if self._is_ignored or not self._items:
+                self.check(now)
             await self._wait(now)
+
+    def check(self, now: float) -> None:
+        """Raise Unreachable if the end has come through, whatever is still unread before it."""
+        if self._is_ignored:
+            raise Unreachable("the stream is closed")
+        if self._end is None:
+            return
+        due, reason = self._end
+        if due == _AT_ONCE or (due <= now and not self._line.is_cut):
+            raise Unreachable(reason)
+
+    def ignore(self) -> None:
+        """As the receiver: read no more. The sender is not told, what it sends is dropped."""
+        self._is_ignored = True
+        self._items.clear()
+        self._waiting_bytes = 0
+        self._line.pipes.discard(self)
+        self.wake()
 
     def end(self, why: str, *, at_once: bool = False) -> None:
         """End after what was sent, or at once, dropping it. A second end keeps the first reason."""
@@ -115,12 +136,6 @@ class Pipe:
     def _due(self) -> float:
         self._last_due = max(self._last_due, trio.current_time() + self._line.draw_delay())
         return self._last_due
-
-    def _has_ended(self, now: float) -> bool:
-        if self._end is None:
-            return False
-        due = self._end[0]
-        return due == _AT_ONCE or (due <= now and not self._line.is_cut)
 
     def _arrived(self, now: float) -> bytes:
         chunks = []
@@ -176,6 +191,7 @@ class MemoryStream:
         """Write all bytes. Cancelled half-way it ends the stream, for both ends."""
         self._first_use()
         async with self._lock:
+            self._in.check(trio.current_time())
             try:
                 await self._out.put(data)
             except trio.Cancelled:
@@ -193,10 +209,13 @@ class MemoryStream:
         self.end(f"the stream of {self._protocol} was closed")
 
     def end(self, why: str, *, at_once: bool = False) -> None:
-        """End what goes out after what was sent (or at once) and what comes in now."""
+        """End it: the peer learns of it after what was sent, or both learn of it at once."""
         self._on_first_use = None
         self._out.end(why, at_once=at_once)
-        self._in.end(why, at_once=True)
+        if at_once:
+            self._in.end(why, at_once=True)
+        else:
+            self._in.ignore()
 
     def _first_use(self) -> None:
         if self._on_first_use is not None:

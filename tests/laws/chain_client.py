@@ -73,12 +73,11 @@ class PatchingSession(Session):
 
     def received(self, link: int, message: Message) -> list[Action]:
         uplink = self._uplink
-        if uplink is not None and uplink.link == link and isinstance(message, Ready):
-            if not uplink.is_known:
+        if uplink is not None and uplink.link == link:
+            if isinstance(message, Ready) and not uplink.is_known:
                 uplink.sent, uplink.is_known = message.have, True
-        if uplink is not None and uplink.link == link and message == Gone(reason="superseded"):
-            if uplink.epoch < self.epoch:  # a leg that begins again does so on a new stream
-                return self._dial_again()
+            if message == Gone(reason="superseded") and uplink.epoch < self.epoch:
+                return self._dial_again()  # a leg that begins again does so on a new stream
         return super().received(link, message)
 
     def _dial_again(self) -> list[Action]:

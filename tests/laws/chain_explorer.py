@@ -13,8 +13,9 @@ from types import MethodType
 from typing import Any
 
 from chain_client import Broken, Client, PatchingSession, Scenario
+from chain_links import Link
 from chain_stack import Stack
-from chain_world import Event, Link, Peer, World
+from chain_world import Event, Peer, World
 
 from swarm.chain import History, Inlet, Outlet
 from swarm.leg import Leg
@@ -99,10 +100,8 @@ def _unfold(trace: tuple[Any, ...]) -> list[Event]:
     return events[::-1]
 
 
-_MUTABLE = frozenset(
-    (World, Peer, Client, Link, Stack, Legs, Leg, PatchingSession, History, Inlet, Outlet)
-    + (dict, list, deque, set, MethodType, count)
-)
+_MACHINES = (Legs, Leg, PatchingSession, History, Inlet, Outlet)
+_MUTABLE = {World, Peer, Client, Link, Stack, *_MACHINES, dict, list, deque, set, MethodType, count}
 
 
 def clone(world: World) -> World:
@@ -168,8 +167,8 @@ def state_of(world: World) -> int:
                     leg._inlet._owed,
                 )
             )
-        for parked in sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch):
-            parts.append((name(parked.link), parked.attach))
+        parked = sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch)
+        parts += [(name(waiting.link), waiting.attach) for waiting in parked]
         parts.append(len(peer.timers))
     known = sorted(names, key=names.__getitem__)
     rest = [link for link in world.links if link not in names]

@@ -78,6 +78,6 @@ class Stack:
         for number in numbers_of(step.payload):
             for block, states in zip(self.blocks, self.states, strict=True):
                 states.append(hash((block, states[-1] if states else 0, number)))
-                number = hash((1, states[-1]))  # noqa: PLW2901
+                number = hash((1, states[-1]))
             outputs.append(number)
         return tuple(outputs)

@@ -7,11 +7,11 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from chain_client import CLIENT, Broken, Client, Scenario, is_first, peer_name
+from chain_links import DOWN, UP, End, Link
 from chain_stack import Stack, payload_of, truth
 
 from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Send, Shut
@@ -33,37 +33,6 @@ from swarm.messages import (
 from swarm.session import Deliver, Trouble
 
 Event = tuple[Any, ...]
-DOWN, UP = 0, 1  # towards who was dialled; towards who dialled
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The last thing a side hears of a link."""
-
-    how: FaultKind
-
-
-@dataclass(slots=True)
-class Link:
-    """A stream between who dialled it (named `number`) and who was dialled (`-number`)."""
-
-    number: int
-    ends: tuple[str, str]  # who listens to DOWN, who listens to UP
-    queues: list[deque[Message | End]] = field(default_factory=lambda: [deque(), deque()])
-    listens: list[bool] = field(default_factory=lambda: [True, True])
-    is_broken: bool = False
-    is_new: bool = True
-
-    def name_at(self, way: int) -> int:
-        return -self.number if way == DOWN else self.number
-
-    def cut(self, way: int, kept: int, how: FaultKind = "closed") -> None:
-        """Lose what is in flight one way after `kept` messages."""
-        if self.listens[way]:
-            queue = self.queues[way]
-            while len(queue) > kept:
-                queue.pop()
-            queue.append(End(how))
 
 
 class Peer:

@@ -11,6 +11,7 @@ from swarm.session import Session
 from swarm.wire import Tensor
 
 SESSION = b"s" * 16
+KEPT: tuple[tuple[str, str, Mode], ...] = (("here", "0:1", "keep"), ("next", "1:2", "keep"))
 TIME = HopTime(0.5, 0.25)
 
 

@@ -1,5 +1,5 @@
 import pytest
-from chain_builders import TIME, Desk, attach, payload, route, said, serials, step
+from chain_builders import KEPT, TIME, Desk, attach, payload, route, said, serials, step
 
 from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Shut
 from swarm.leg import Compute, Forget, Grace
@@ -98,8 +98,7 @@ def test_hole_1_a_short_step_after_a_rollback_reaches_a_hop_that_is_longer() -> 
     first.legs.ended(101, "closed", "")
     first.compute(first.legs.received(1, step(3, 9)))
 
-    kept = (("here", "0:1", "keep"), ("next", "1:2", "keep"))
-    (dial,) = [a for a in first.legs.received(1, route(2, *kept)) if isinstance(a, Dial)]
+    (dial,) = [a for a in first.legs.received(1, route(2, *KEPT)) if isinstance(a, Dial)]
     assert isinstance(dial.first, Open)
     assert second.leg.length == 11
     assert said(second.legs.opened(3, dial.first), 3) == [Ready(have=2)]

@@ -1,9 +1,9 @@
 import pytest
-from chain_builders import SESSION, Desk, attach, payload, route, said, serials, step
+from chain_builders import KEPT, Desk, attach, route, said, serials, step
 
 from swarm.chain import Dial, Shut
 from swarm.leg import Action, Compute, Forget, Grace
-from swarm.messages import Attach, Close, Fault, Gone, Message, Open, Output, Ready, Refused
+from swarm.messages import Attach, Close, Fault, Gone, Message, Open, Output, Ready, Refused, Step
 
 STALE = Refused(reason="stale", message="a newer epoch was seen here")
 SUPERSEDED = Gone(reason="superseded")
@@ -175,16 +175,12 @@ def test_a_kept_next_hop_is_sent_nothing_before_its_ready() -> None:
     for serial in (1, 2, 3):
         desk.compute(desk.legs.received(1, step(serial, serial - 1)))
     desk.legs.ended(101, "closed", "")
-    kept = (("here", "0:1", "keep"), ("next", "1:2", "keep"))
-    actions = desk.legs.received(1, route(2, *kept))
+    actions = desk.legs.received(1, route(2, *KEPT))
     (dial,) = dials(actions)
     assert serials(said(actions, dial.link)) == []
     again = said(desk.legs.received(dial.link, Ready(have=1)), dial.link)
     assert serials(again) == [2, 3]
-    assert again[0] == step(2, 1).__class__(
-        serial=2, after=1, start=1, wanted="last", times=desk.leg.history.entries[1].times,
-        payload=payload(),
-    )  # fmt: skip
+    assert [message.after for message in again if isinstance(message, Step)] == [1, 2]
 
 
 def test_hole_3_a_next_hop_that_forgot_everything_is_sent_everything() -> None:
@@ -193,8 +189,7 @@ def test_hole_3_a_next_hop_that_forgot_everything_is_sent_everything() -> None:
     for serial in (1, 2):
         desk.compute(desk.legs.received(1, step(serial, serial - 1)))
     desk.legs.ended(101, "closed", "")
-    kept = (("here", "0:1", "keep"), ("next", "1:2", "keep"))
-    (dial,) = dials(desk.legs.received(1, route(2, *kept)))
+    (dial,) = dials(desk.legs.received(1, route(2, *KEPT)))
     assert serials(said(desk.legs.received(dial.link, Ready(have=0)), dial.link)) == [1, 2]
 
 
@@ -402,4 +397,3 @@ def test_results_for_a_leg_that_is_gone_are_ignored() -> None:
     desk.legs.received(1, Close())
     assert desk.compute(waiting) == []
     assert desk.legs.failed(1, "late") == []
-    assert SESSION == desk.legs._ended.popitem()[1][1]

@@ -73,6 +73,33 @@ def test_a_cut_is_silent_and_a_mended_line_delivers_what_it_held() -> None:
     between_two(talk)
 
 
+def test_an_end_behind_a_cut_is_not_noticed_until_mended() -> None:
+    async def talk(network: MemoryNetwork, here: MemoryHost, there: MemoryHost) -> None:
+        hang_up = trio.Event()
+
+        async def wait(_stream: Stream) -> None:
+            await hang_up.wait()
+
+        there.serve("/test/wait/1", wait)
+        stream = await here.open("B", "/test/wait/1", within=1)
+        await stream.send_all(b"x")
+        await trio.sleep(0.1)
+        network.cut("A", "B")
+        hang_up.set()
+        await trio.sleep(0.1)
+        await stream.send_all(b"y")
+        with trio.move_on_after(1) as scope:
+            await stream.receive_some()
+        assert scope.cancelled_caught
+        network.mend("A", "B")
+        with pytest.raises(Unreachable):
+            await stream.receive_some()
+        with pytest.raises(Unreachable):
+            await stream.send_all(b"z")
+
+    between_two(talk)
+
+
 def test_dialling_over_a_cut_line_meets_its_deadline() -> None:
     async def talk(network: MemoryNetwork, here: MemoryHost, _there: MemoryHost) -> None:
         network.cut("A", "B")

