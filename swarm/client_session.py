@@ -98,8 +98,13 @@ class ClientSession:
         await self._take_route()
 
     def step(self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None) -> None:
-        """Send inputs for positions from `start` on; never waits."""
+        """Send inputs for positions from `start` on; never waits.
+
+        ValueError if they reach beyond `max_tokens`.
+        """
         length = next(iter(payload.values())).shape[1]
+        if start + length > self.max_tokens:
+            raise ValueError(f"the session has room for {self.max_tokens} positions")
         self._positions = start + length
         self._carry_out(self._session.step(start, payload, wanted, wish))
 

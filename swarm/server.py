@@ -114,8 +114,8 @@ class Server:
         """A message came over a chain stream."""
         if isinstance(message, Prepare):
             self._nursery.start_soon(self._prepare, message.peer)
-        elif isinstance(message, Open) and not self._is_signed(message):
-            log.warning("an unsigned route came over link %d", link)
+        elif isinstance(message, Open) and (refused := self._check_place(message)) is not None:
+            self._links.carry_out(Send(link, refused))
         else:
             self._carry_out(self._legs.received(link, message))
 
@@ -153,22 +153,22 @@ class Server:
 
     def _check(self, opened: Open, sender: str) -> Refused | None:
         """Is this Open what its client signed, in time, and does it come from the hop before?"""
-        if not self._is_signed(opened):
-            return Refused(reason="not_allowed", message="the route is not signed by its client")
-        if opened.hops[opened.at].peer != self._host.peer:
-            return Refused(reason="not_allowed", message="the route names another peer here")
         before = opened.hops[opened.at - 1].peer if opened.at else opened.client
         if sender != before:
             return Refused(reason="not_allowed", message="the route names another sender")
-        return None
+        return self._check_place(opened)
 
-    def _is_signed(self, opened: Open) -> bool:
-        is_late = opened.valid_until + CLOCK_SLACK_SECONDS < self._wall_clock()
-        return (
-            opened.at < len(opened.hops)
-            and not is_late
-            and verify(opened.client, opened.signed_bytes(), opened.signature)
-        )
+    def _check_place(self, opened: Open) -> Refused | None:
+        """Is this Open what its client signed, in time, and does it name us here?"""
+        if opened.hops[opened.at].peer != self._host.peer:
+            return Refused(reason="not_allowed", message="the route names another peer here")
+        if opened.valid_until + CLOCK_SLACK_SECONDS < self._wall_clock():
+            return Refused(
+                reason="not_allowed", message="the route is too old, or a clock is wrong"
+            )
+        if not verify(opened.client, opened.signed_bytes(), opened.signature):
+            return Refused(reason="not_allowed", message="the route is not signed by its client")
+        return None
 
     def _admit(self, opened: Open) -> Refused | None:
         """May a new leg begin? None for yes."""
