@@ -1,5 +1,8 @@
 """The main law, over real processes and sockets: a swarm says what the whole model would say."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from processes import ServerProcess, serving, swarm
+from processes import ServerProcess, environment, serving, swarm
 
 from routing.route import Hop, Route
 from routing.span import Span
@@ -164,8 +167,6 @@ def test_greedy_text_through_any_number_of_processes_is_that_of_generate(
 def test_the_command_prints_the_models_own_text_with_an_empty_home(
     told: Told, tmp_path: Path
 ) -> None:
-    import json
-
     made = swarm(
         tmp_path, "generate", PROMPTS[0], "--join", told.servers[0].join, "--json", "-n", "64"
     )
@@ -173,6 +174,29 @@ def test_the_command_prints_the_models_own_text_with_an_empty_home(
     assert answer["token_ids"] == told.references[0], made.stderr
     assert answer["tokens"] == len(answer["token_ids"])
     assert answer["failovers"] == 0
+
+
+def test_a_real_generation_imports_no_torch(told: Told, tmp_path: Path) -> None:
+    program = """
+import sys
+import cli
+try:
+    cli.main()
+except SystemExit as ended:
+    code = ended.code
+heavy = {"torch", "transformers", "bitsandbytes", "safetensors"} & set(sys.modules)
+sys.exit(f"imported {heavy}" if heavy else code)
+"""
+    made = subprocess.run(
+        [sys.executable, "-c", program, "generate", "Once", "--join", told.servers[0].join],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip()
 
 
 def test_a_server_killed_in_mid_generation_changes_nothing_in_the_text(told: Told) -> None:
