@@ -1,12 +1,13 @@
 """One conversation along a route, from the client's side: a sans-IO state machine.
 
 The client's log of steps is the history of the first link: whatever route a session takes, its
-hops are sent what they lack of it. On any trouble the caller finds a fresh route and the log is
-replayed over it: same session, next epoch, text unchanged.
+hops are sent what they lack of it. On a trouble the caller repairs the route (`reroute`: healthy
+hops keep what they have) or, when in doubt, finds a fresh one over which the whole log is replayed
+(`take_route`): same session, next epoch, text unchanged.
 
 1. Outputs are delivered in order of serial, each wanted serial once.
 2. A serial is never used again for other content.
-3. A trouble is reported for the current epoch only, and acted on by `take_route` alone.
+3. A trouble is reported for the current epoch only; only `reroute` and `take_route` act on it.
 """
 
 from collections import deque
@@ -98,9 +99,29 @@ class Session:
         self.epoch += 1
         self.route = tuple(HopName(peer, span, mode) for peer, span in hops)
         self._leave()
-        self._uplink = Outlet(self._new_link(), self.epoch)
-        self._actions.append(Dial(self._uplink.link, self.route[0].peer, self._open()))
+        self._dial_first()
         self._attach()
+        self._flush()
+        return self._taken()
+
+    def reroute(
+        self, hops: Sequence[HopName], *, redial: bool = False, attach: bool = False
+    ) -> list[Action]:
+        """Take up a repaired route under the next epoch, over the links that still live.
+
+        Hops that stay have mode keep, others new. `redial` gives up a living uplink, `attach` a
+        living downlink, because their silence is the trouble.
+        """
+        self.epoch += 1
+        before, self.route = self.route, tuple(hops)
+        if redial or not _is_same(before[0], hops[0]) or self._uplink is None:
+            self._end_uplink()
+            self._dial_first()
+        else:
+            self._actions.append(Send(self._uplink.link, self._open()))
+        if attach or not _is_same(before[-1], hops[-1]) or self._downlink is None:
+            self._end_downlink()
+            self._attach()
         self._flush()
         return self._taken()
 
@@ -152,7 +173,8 @@ class Session:
     def _from_first(self, uplink: Outlet, message: Message) -> None:
         match message:
             case Ready(have=have):
-                uplink.sent = max(uplink.sent, have)
+                if not uplink.is_known or have > uplink.sent:
+                    uplink.sent, uplink.is_known = have, True
                 self._flush()
             case Credit(more=more):
                 uplink.refill(more)
@@ -161,6 +183,10 @@ class Session:
                 self._trouble(message.failure, message.peer, message.span, message)
             case Fault():
                 pass  # of an older epoch: whom it accuses may be gone from the route
+            case Gone(reason="superseded") if uplink.epoch < self.epoch:
+                self._end_uplink()  # the first hop begins its leg again, on a stream of its own
+                self._dial_first()
+                self._flush()
             case Refused():
                 self._end_uplink()
                 self._trouble("refused", self.route[0].peer, self.route[0].span, message)
@@ -173,13 +199,13 @@ class Session:
             case Output():
                 self._output(link, message)
             case Refused():
-                self._end_downlink(link)
+                self._end_downlink()
                 self._trouble("refused", self.route[-1].peer, self.route[-1].span, message)
             case Gone():
-                self._end_downlink(link)
+                self._end_downlink()
                 self._actions.append(Trouble("forgotten", "", self.route[-1].span, "forgotten"))
             case _:
-                self._end_downlink(link)
+                self._end_downlink()
                 self._ended_unasked(self.route[-1])
 
     def _ended_unasked(self, hop: HopName) -> None:
@@ -212,6 +238,11 @@ class Session:
             )
         )
 
+    def _dial_first(self) -> None:
+        first = self.route[0]
+        self._uplink = Outlet(self._new_link(), self.epoch, is_known=first.mode != "keep")
+        self._actions.append(Dial(self._uplink.link, first.peer, self._open()))
+
     def _attach(self) -> None:
         self._downlink = self._new_link()
         self._inlet = Inlet()
@@ -225,16 +256,17 @@ class Session:
             self._end_uplink()
         if self._downlink is not None:
             self._actions.append(Send(self._downlink, Gone(reason="superseded")))
-            self._end_downlink(self._downlink)
+            self._end_downlink()
 
     def _end_uplink(self) -> None:
         if self._uplink is not None:
             self._actions.append(Shut(self._uplink.link))
             self._uplink = None
 
-    def _end_downlink(self, link: int) -> None:
-        self._actions.append(Shut(link))
-        self._downlink = None
+    def _end_downlink(self) -> None:
+        if self._downlink is not None:
+            self._actions.append(Shut(self._downlink))
+            self._downlink = None
 
     def _flush(self) -> None:
         if self._uplink is not None:
@@ -245,3 +277,7 @@ class Session:
     def _taken(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
+
+
+def _is_same(one: HopName, other: HopName) -> bool:
+    return (one.peer, one.span) == (other.peer, other.span)

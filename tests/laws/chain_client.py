@@ -10,8 +10,7 @@ from random import Random
 
 from chain_stack import VOCABULARY, numbers_of, payload_of, reference
 
-from swarm.chain import Dial, Outlet, Send
-from swarm.messages import Attach, Gone, HopName, Message, Mode, Open, Output, Ready
+from swarm.messages import Attach, HopName, Message, Mode, Open, Output
 from swarm.session import Action, Session, Trouble
 
 CLIENT = "client"
@@ -47,47 +46,6 @@ def peer_name(index: int) -> str:
     return f"peer{index}"
 
 
-class PatchingSession(Session):
-    """A client that repairs in place, as docs/protocol.md allows: keep, new, Reroute."""
-
-    def patch(self, hops: Sequence[HopName], *, redial: bool, attach: bool) -> list[Action]:
-        """Take up the route under the next epoch, over the streams that still live."""
-        self.epoch += 1
-        first_before, last_before = self.route[0], self.route[-1]
-        self.route = tuple(hops)
-        is_other = (hops[0].peer, hops[0].span) != (first_before.peer, first_before.span)
-        if redial or is_other or self._uplink is None:
-            self._end_uplink()
-            known = hops[0].mode != "keep"
-            self._uplink = Outlet(self._new_link(), self.epoch, is_known=known)
-            self._actions.append(Dial(self._uplink.link, hops[0].peer, self._open()))
-        else:
-            self._actions.append(Send(self._uplink.link, self._open()))
-        moved = (hops[-1].peer, hops[-1].span) != (last_before.peer, last_before.span)
-        if attach or moved or self._downlink is None:
-            if self._downlink is not None:
-                self._end_downlink(self._downlink)
-            self._attach()
-        self._flush()
-        return self._taken()
-
-    def received(self, link: int, message: Message) -> list[Action]:
-        uplink = self._uplink
-        if uplink is not None and uplink.link == link:
-            if isinstance(message, Ready) and not uplink.is_known:
-                uplink.sent, uplink.is_known = message.have, True
-            if message == Gone(reason="superseded") and uplink.epoch < self.epoch:
-                return self._dial_again()  # a leg that begins again does so on a new stream
-        return super().received(link, message)
-
-    def _dial_again(self) -> list[Action]:
-        self._end_uplink()
-        self._uplink = Outlet(self._new_link(), self.epoch)
-        self._actions.append(Dial(self._uplink.link, self.route[0].peer, self._open()))
-        self._flush()
-        return self._taken()
-
-
 def unsigned(opened: Open) -> Open:
     return opened
 
@@ -97,7 +55,7 @@ class Client:
 
     def __init__(self, scenario: Scenario, new_link: Callable[[], int]) -> None:
         self.scenario = scenario
-        self.session = PatchingSession(
+        self.session = Session(
             session=b"s" * 16,
             client=CLIENT,
             fingerprint="f",
@@ -221,7 +179,7 @@ class Client:
                 mode: Mode = "keep" if any(t.span == hop.span for t in troubles) else "new"
                 hops.append(HopName(hop.peer, hop.span, mode))
         forgotten = any(trouble.failure == "forgotten" for trouble in troubles)
-        return self.session.patch(hops, redial=False, attach=forgotten)
+        return self.session.reroute(hops, attach=forgotten)
 
     def _cover(self, start: int, stop: int, rng: Random | None) -> list[tuple[str, str]]:
         while True:

@@ -12,7 +12,7 @@ from random import Random
 from types import MethodType
 from typing import Any
 
-from chain_client import Broken, Client, PatchingSession, Scenario
+from chain_client import Broken, Client, Scenario
 from chain_links import Link
 from chain_stack import Stack
 from chain_world import Event, Peer, World
@@ -20,6 +20,7 @@ from chain_world import Event, Peer, World
 from swarm.chain import History, Inlet, Outlet
 from swarm.leg import Leg
 from swarm.legs import Legs
+from swarm.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def _unfold(trace: tuple[Any, ...]) -> list[Event]:
     return events[::-1]
 
 
-_MACHINES = (Legs, Leg, PatchingSession, History, Inlet, Outlet)
+_MACHINES = (Legs, Leg, Session, History, Inlet, Outlet)
 _MUTABLE = {World, Peer, Client, Link, Stack, *_MACHINES, dict, list, deque, set, MethodType, count}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from chain_client import Client, PatchingSession, Scenario
+from chain_client import Client, Scenario
 from chain_explorer import Found, explore, run_many
 from chain_stack import reference
 
@@ -12,6 +12,7 @@ from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Entry, History, Outlet, Send
 from swarm.leg import Leg
 from swarm.legs import Legs
 from swarm.messages import Close, Gone, Message, Ready, Step
+from swarm.session import Session
 
 FAULTS = ("break", "accuse", "crash", "restart", "refuse", "expire", "fail", "leave", "fallback")
 
@@ -205,11 +206,11 @@ def test_the_explorer_tells_a_wrong_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_client_that_misses_a_ready_gets_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    received = PatchingSession.received
+    received = Session.received
 
-    def deaf(self: PatchingSession, link: int, message: Message) -> object:
+    def deaf(self: Session, link: int, message: Message) -> object:
         return [] if isinstance(message, Ready) else received(self, link, message)
 
-    monkeypatch.setattr(PatchingSession, "received", deaf)
+    monkeypatch.setattr(Session, "received", deaf)
     scenario = replace(THREE, faults=("break",), repairs_in_place=True)
     assert "stuck" in run_many(scenario, range(300)).breach

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import trio
@@ -155,7 +156,7 @@ def test_each_token_crosses_each_link_once_and_the_client_gets_one_output_per_to
         return outputs
 
     assert trio.run(main) == TOKENS
-    links = list(zip(way, way[1:], strict=False))
+    links = list(pairwise(way))
     serials = range(1, TOKENS + 1)
     assert tally.steps == {(*link, serial): 1 for link in links[:-1] for serial in serials}
     assert tally.outputs == {(*links[-1], serial): 1 for serial in serials}
