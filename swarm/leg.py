@@ -187,6 +187,11 @@ class Leg:
         self.has_failed = True
         self._accuse("failed", self.opened.hops[self.opened.at].peer, message)
 
+    def drain(self) -> None:
+        """Ask the client to take another peer for these blocks; until then go on as before."""
+        own = self.opened.hops[self.opened.at].peer
+        self._accuse("draining", own, "this server is leaving")
+
     def from_next(self, message: Message) -> None:
         """The down stream said something."""
         if self.down is None:

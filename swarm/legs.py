@@ -135,6 +135,12 @@ class Legs:
             leg.failed(message)
         return self._taken()
 
+    def drain(self) -> list[Action]:
+        """Ask all clients to go elsewhere."""
+        for leg in self.legs():
+            leg.drain()
+        return self._taken()
+
     def grace_over(self, number: int) -> list[Action]:
         """The grace time of this number ran out: nothing is left of what waited."""
         ended = self._ended.pop(number, None)

@@ -29,7 +29,9 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Mode = Literal["keep", "new", "anew"]
 Wanted = Literal["none", "last", "all"]
 RefusalReason = Literal["full", "draining", "stale", "wrong_model", "span_not_held", "not_allowed"]
-FaultKind = Literal["closed", "silent", "unreachable", "refused", "broke_word", "failed"]
+FaultKind = Literal[
+    "closed", "silent", "unreachable", "refused", "draining", "broke_word", "failed"
+]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="k", omit_defaults=True):

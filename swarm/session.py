@@ -45,13 +45,17 @@ class Deliver:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """The route failed: who, at which span, how. `peer` is empty when nobody is to blame."""
+    """The route failed: who, at which span, how. `peer` is empty when nobody is to blame.
+
+    `is_downlink`: the stream on which the last hop answers ended, which alone proves nothing of it.
+    """
 
     failure: FaultKind | Literal["forgotten"]
     peer: str
     span: str
     message: str
     retry_seconds: float = 0.0
+    is_downlink: bool = False
 
 
 Action = Dial | Send | Shut | Deliver | Trouble
@@ -155,7 +159,7 @@ class Session:
         elif link == self._downlink:
             self._downlink = None
             last = self.route[-1]
-            self._actions.append(Trouble(failure, last.peer, last.span, message))
+            self._actions.append(Trouble(failure, last.peer, last.span, message, is_downlink=True))
         return self._taken()
 
     def close(self) -> list[Action]:
@@ -203,7 +207,9 @@ class Session:
                 self._trouble("refused", self.route[-1].peer, self.route[-1].span, message)
             case Gone():
                 self._end_downlink()
-                self._actions.append(Trouble("forgotten", "", self.route[-1].span, "forgotten"))
+                self._actions.append(
+                    Trouble("forgotten", "", self.route[-1].span, "forgotten", is_downlink=True)
+                )
             case _:
                 self._end_downlink()
                 self._ended_unasked(self.route[-1])
