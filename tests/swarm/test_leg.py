@@ -222,3 +222,14 @@ def test_a_payload_that_is_no_run_of_positions_is_refused() -> None:
     desk = middle()
     flat = Step(serial=1, after=0, start=0, payload={"mask": payload()["ids"]})
     assert faults(said(desk.legs.received(1, flat), 1)) == [("broke_word", "me", "0:1", 1)]
+
+
+def test_a_drain_asks_every_client_to_go_elsewhere_and_serves_on() -> None:
+    desk = Desk()
+    opened = route(1, "here")
+    desk.legs.opened(1, opened)
+    (fault,) = said(desk.legs.drain(), 1)
+    assert isinstance(fault, Fault)
+    assert (fault.failure, fault.peer, fault.span) == ("draining", "here", opened.hops[0].span)
+    computes = [a for a in desk.legs.received(1, step(1, 0)) if isinstance(a, Compute)]
+    assert len(computes) == 1

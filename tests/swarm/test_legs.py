@@ -397,14 +397,3 @@ def test_results_for_a_leg_that_is_gone_are_ignored() -> None:
     desk.legs.received(1, Close())
     assert desk.compute(waiting) == []
     assert desk.legs.failed(1, "late") == []
-
-
-def test_a_drain_asks_every_client_to_go_elsewhere_and_serves_on() -> None:
-    desk = Desk()
-    opened = route(1, "here")
-    desk.legs.opened(1, opened)
-    (fault,) = said(desk.legs.drain(), 1)
-    assert isinstance(fault, Fault)
-    assert (fault.failure, fault.peer, fault.span) == ("draining", "here", opened.hops[0].span)
-    computes = [a for a in desk.legs.received(1, step(1)) if isinstance(a, Compute)]
-    assert len(computes) == 1
