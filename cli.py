@@ -1,15 +1,22 @@
 """The command `swarm`: parses what was asked, calls the package, prints what came of it.
 
 Heavy imports happen inside the commands: `--help`, `status` and errors stay quick.
+
+1. Whatever goes wrong is one sentence and an exit code of the contract, a misspelt option too.
+2. With --json stdout holds JSON, errors among it, and nothing else.
 """
 
+import io
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from swarm.errors import EXIT_INTERRUPTED, EXIT_UNCOVERED, BadInput
 from swarm.settings import DEFAULT_TOKENS
 
 app = typer.Typer(
@@ -18,11 +25,13 @@ app = typer.Typer(
     "Each server holds some blocks of one model; your text flows through a chain of them. "
     "Every server on the chain sees the text's hidden states, the first one its tokens, the last "
     "one the answer: ask only swarms you trust.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Typer brings its own copy of click since 0.26: this is UsageError in either.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 Join = Annotated[
     str | None,
@@ -45,21 +54,28 @@ def serve(
     ] = None,
     blocks: Annotated[
         str,
-        typer.Option(envvar="SWARM_BLOCKS", help="Which to hold: 8:16, a count, or auto."),
+        typer.Option(envvar="SWARM_BLOCKS", help="Which to hold: 8:16, a number of them, or auto."),
     ] = "auto",
     join: Join = None,
     public: Annotated[
-        bool, typer.Option("--public", envvar="SWARM_PUBLIC", help="Let everyone in.")
+        bool,
+        typer.Option(
+            "--public", envvar="SWARM_PUBLIC", help="Found a swarm that everyone may enter."
+        ),
     ] = False,
     dtype: Annotated[
         str,
-        typer.Option(envvar="SWARM_DTYPE", help="auto, float32, bfloat16 or float16."),
+        typer.Option(
+            envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
+        ),
     ] = "auto",
-    device: Annotated[str, typer.Option(envvar="SWARM_DEVICE", help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
+    ] = "cpu",
     memory: Annotated[
         str | None,
         typer.Option(
-            envvar="SWARM_MEMORY", help="The most to use, like 8GB. Default: what is free."
+            envvar="SWARM_MEMORY", help="The most memory to use, like 8GB. Default: what is free."
         ),
     ] = None,
     host: Annotated[
@@ -67,7 +83,12 @@ def serve(
     ] = "0.0.0.0",
     port: Annotated[
         int | None,
-        typer.Option(envvar="SWARM_PORT", min=0, max=65535, help="Default: the one used before."),
+        typer.Option(
+            envvar="SWARM_PORT",
+            min=0,
+            max=65535,
+            help="The TCP port to listen on, 0 for any. Default: the one used before.",
+        ),
     ] = None,
     announce: Annotated[
         list[str] | None,
@@ -78,10 +99,13 @@ def serve(
     ] = None,
     identity: Annotated[
         Path | None,
-        typer.Option(envvar="SWARM_IDENTITY", help="Key file. Default: the first one not in use."),
+        typer.Option(
+            envvar="SWARM_IDENTITY",
+            help="The file of this peer's key, made if missing. Default: the first not in use.",
+        ),
     ] = None,
     name: Annotated[
-        str, typer.Option(envvar="SWARM_NAME", help="What others see in the peer map.")
+        str, typer.Option(envvar="SWARM_NAME", help="What the peer map calls this peer.")
     ] = "",
     threads: Annotated[
         int | None,
@@ -89,7 +113,10 @@ def serve(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Hold some blocks of MODEL and serve them until Ctrl-C."""
+    """Hold some blocks of MODEL and serve them until Ctrl-C.
+
+    The first Ctrl-C finishes what runs, the second leaves at once.
+    """
     from swarm.console import Console, readable_errors
 
     with readable_errors(is_json=as_json):
@@ -107,7 +134,7 @@ def serve(
             port=port,
             announce=tuple(announce or ()),
             identity=identity,
-            name=name,
+            name=checked.parse_name(name),
             threads=threads,
         )
         if join:
@@ -118,7 +145,8 @@ def serve(
 
         from swarm.serve import serve as run_server
 
-        trio.run(run_server, settings, Console(is_json=as_json))
+        with Console(is_json=as_json) as console:
+            trio.run(run_server, settings, console)
 
 
 @app.command()
@@ -128,33 +156,62 @@ def generate(
     ],
     join: Join = None,
     tokens: Annotated[
-        int, typer.Option("-n", "--tokens", envvar="SWARM_TOKENS", min=1, help="At most so many.")
+        int,
+        typer.Option(
+            "-n", "--tokens", envvar="SWARM_TOKENS", min=1, help="At most so many tokens."
+        ),
     ] = DEFAULT_TOKENS,
     temperature: Annotated[
-        float, typer.Option(envvar="SWARM_TEMPERATURE", help="0 takes the likeliest token.")
+        float,
+        typer.Option(
+            envvar="SWARM_TEMPERATURE",
+            help="How freely to choose: 0 always takes the likeliest token.",
+        ),
     ] = 0.0,
-    top_p: Annotated[float | None, typer.Option(envvar="SWARM_TOP_P")] = None,
-    top_k: Annotated[int | None, typer.Option(envvar="SWARM_TOP_K")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            envvar="SWARM_TOP_P",
+            help="Choose among the likeliest that share this much. Default: the model's own.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_TOP_K",
+            help="Choose among so many, 0 for no limit. Default: the model's own.",
+        ),
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(envvar="SWARM_SEED", help="The same seed, the same text.")
+        int | None,
+        typer.Option(
+            envvar="SWARM_SEED", help="The same seed, the same text. Default: another each time."
+        ),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(envvar="SWARM_STOP", help="End before this text.")
+        list[str] | None,
+        typer.Option(envvar="SWARM_STOP", help="End before this text. May be repeated."),
     ] = None,
     patience: Annotated[
         float,
-        typer.Option(envvar="SWARM_PATIENCE", min=0, help="Seconds to look for a route."),
+        typer.Option(
+            envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
+        ),
     ] = 30.0,
     as_json: Json = False,
     stream_json: Annotated[
         bool,
-        typer.Option("--stream-json", envvar="SWARM_STREAM_JSON", help="One JSON line per token."),
+        typer.Option(
+            "--stream-json",
+            envvar="SWARM_STREAM_JSON",
+            help="Print one line of JSON per token, then that of --json.",
+        ),
     ] = False,
 ) -> None:
     """Continue PROMPT with a model that a swarm runs.
 
-    Without --join the swarm of this user's running daemon is asked; if there is none, a private
-    swarm of three peers runs the demo model in this process.
+    Without --join, the swarm of your running daemon is asked. If none runs,
+    a private swarm of three peers runs the demo model in this process.
     """
     from swarm.console import Console, readable_errors
 
@@ -162,7 +219,7 @@ def generate(
         from swarm.prompt import PromptSettings
 
         settings = PromptSettings(
-            prompt=sys.stdin.read() if prompt == "-" else prompt,
+            prompt=_stdin_text() if prompt == "-" else prompt,
             most_tokens=tokens,
             temperature=temperature,
             top_p=top_p,
@@ -175,7 +232,8 @@ def generate(
 
         from swarm.prompt import run_prompt
 
-        made = trio.run(run_prompt, settings, join, Console(), _printer(as_json, stream_json))
+        with Console() as console:
+            made = trio.run(run_prompt, settings, join, console, _printer(as_json, stream_json))
         _print_answer(made, as_json or stream_json)
 
 
@@ -184,10 +242,16 @@ def status(
     join: Join = None,
     as_json: Json = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")
+        bool,
+        typer.Option(
+            "--watch", envvar="SWARM_WATCH", help="Show it again every two seconds, until Ctrl-C."
+        ),
     ] = False,
 ) -> None:
-    """Show the peer map: who holds which blocks, how fast, how far."""
+    """Show the peer map: who holds which blocks, how fast, how far.
+
+    The exit code is 3 if some block is served by nobody.
+    """
     from swarm.console import readable_errors
 
     with readable_errors(is_json=as_json):
@@ -202,8 +266,10 @@ def status(
             else:
                 _print_map(found, is_cleared=watch)
             if not watch:
-                return
+                break
             time.sleep(2.0)
+        if not found["healthy"]:
+            sys.exit(EXIT_UNCOVERED)
 
 
 @app.command()
@@ -215,18 +281,27 @@ def invite(as_json: Json = False) -> None:
         from swarm.control import ask_daemon
 
         token = ask_daemon("invite")["join"]
-        print(json.dumps({"join": token}) if as_json else token)
+        print(json.dumps({"join": token}) if as_json else token, flush=True)
 
 
-def _printer(as_json: bool, stream_json: bool) -> Any:
+def _stdin_text() -> str:
+    """All of stdin. BadInput if it is no text."""
+    try:
+        text = sys.stdin.read() if sys.stdin is not None else ""
+        text.encode()  # in a C locale what is no text passes as lone surrogates
+    except UnicodeError as error:
+        raise BadInput("stdin is not text in UTF-8", next_step="convert it first") from error
+    return text
+
+
+def _printer(as_json: bool, stream_json: bool) -> Callable[[int | None, str], None]:
     """What to do with each token and its text."""
 
-    def show(token: int, text: str) -> None:
+    def show(token: int | None, text: str) -> None:
         if stream_json:
             print(json.dumps({"token": token, "text": text}), flush=True)
-        elif not as_json and text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        elif not as_json:
+            print(text, end="", flush=True)
 
     return show
 
@@ -235,7 +310,7 @@ def _print_answer(made: dict[str, Any], is_json: bool) -> None:
     if is_json:
         print(json.dumps(made), flush=True)
     else:
-        sys.stdout.write("\n")
+        print(flush=True)
 
 
 def _print_map(found: dict[str, Any], *, is_cleared: bool) -> None:
@@ -251,7 +326,31 @@ def _print_map(found: dict[str, Any], *, is_cleared: bool) -> None:
 
 def main() -> None:
     """The entry point of the command."""
-    app()
+    from swarm.console import readable_errors
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model's text may not fit the locale
+    try:
+        with readable_errors(is_json=bool({"--json", "--stream-json"}.intersection(sys.argv))):
+            sys.exit(_called(sys.argv[1:] or ["--help"]))
+    except SystemExit as ending:
+        if ending.code == EXIT_INTERRUPTED:
+            # A thread may still load weights or read from the hub: nobody waits for it.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
+        raise
+
+
+def _called(words: list[str]) -> int:
+    """Run the command that the words name; return its exit code. BadInput for a wrong option."""
+    try:
+        code = app(args=words, prog_name="swarm", standalone_mode=False)
+    except _UsageError as error:
+        message = getattr(error, "format_message", error.__str__)()
+        path = getattr(getattr(error, "ctx", None), "command_path", "swarm")
+        raise BadInput(message.rstrip("."), next_step=f"`{path} --help` tells more") from error
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 1. Entering needs nothing but the token: the model's description and tokenizer come from peers,
    and are checked against the fingerprint that the token names.
-2. A route is found among the newest records; after a trouble they are read again first.
+2. A route is found among the newest records: after a trouble, and when those known have none, they
+   are read again first.
 """
 
 import logging
@@ -36,6 +37,9 @@ VIEW_SECONDS = 5.0
 FILES_SECONDS = 60.0
 PROBE_SECONDS = 1.0
 MOST_PROBED = 16
+MOST_GIVERS = 8  # peers asked in turn for the model's files
+MOST_DIALLED = 8  # at once, when the last link is gone
+DIAL_SECONDS = 5.0
 # For servers nobody measured: an ocean's width, so that measured neighbours are preferred.
 UNMEASURED_SECONDS = 0.15
 WIRE_BYTES_PER_VALUE = 4
@@ -79,6 +83,14 @@ class Client:
         """Return the route with the least expected seconds for a decode step. NoRoute if none."""
         if avoid or not self.records():
             await self.refresh()
+            return self._best_route(avoid, needed_tokens)
+        try:
+            return self._best_route(avoid, needed_tokens)
+        except NoRoute:
+            await self.refresh()  # somebody may have come meanwhile
+            return self._best_route(avoid, needed_tokens)
+
+    def _best_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
         blocks = self.model.card.blocks
         work = Work(
             blocks=blocks,
@@ -108,7 +120,14 @@ class Client:
         return self.table.record_of(peer)
 
     async def refresh(self) -> None:
-        """Read the table of every peer that we are linked to; who does not answer adds nothing."""
+        """Read the table of every peer that we are linked to; who does not answer adds nothing.
+
+        Never raises. Without any link, some of the servers known are dialled first.
+        """
+        if not self.host.links():
+            known = sorted(record.peer for record in self.records())
+            chosen = Random(self._seed).sample(known, min(len(known), MOST_DIALLED))
+            await _dial_any(self.host, chosen, within=DIAL_SECONDS)
         await read_tables(self.host, self.table)
         for record in self.records():
             self.host.learn(record.peer, record.addresses)
@@ -158,22 +177,10 @@ async def open_client(
 
 async def enter(host: Host, invite: Invite, *, within: float = 10.0) -> None:
     """Be linked to at least one of the peers that the invite names, as soon as one answers."""
-    failures: list[SwarmError] = []
-
-    async def dial(peer: str, scope: trio.CancelScope) -> None:
-        try:
-            await host.dial(peer, within=within)
-        except (Unreachable, Refusal) as error:
-            failures.append(error)
-        else:
-            scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        for peer, addresses in invite.peers.items():
-            if peer == host.peer:
-                continue
-            host.learn(peer, addresses)
-            nursery.start_soon(dial, peer, nursery.cancel_scope)
+    others = {peer: ways for peer, ways in invite.peers.items() if peer != host.peer}
+    for peer, addresses in others.items():
+        host.learn(peer, addresses)
+    failures = await _dial_any(host, tuple(others), within=within)
     if host.links():
         return
     refusals = [error for error in failures if isinstance(error, Refusal)]
@@ -183,6 +190,24 @@ async def enter(host: Host, invite: Invite, *, within: float = 10.0) -> None:
         "none of the peers that the join token names answers",
         next_step="ask somebody in the swarm for a fresh token (`swarm invite`)",
     )
+
+
+async def _dial_any(host: Host, peers: Sequence[str], *, within: float) -> list[SwarmError]:
+    """Dial all at the same time until one answers; return how the others failed."""
+    failures: list[SwarmError] = []
+
+    async def dial(peer: str, scope: trio.CancelScope) -> None:
+        try:
+            await host.dial(peer, within=within)
+        except SwarmError as error:
+            failures.append(error)
+        else:
+            scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for peer in peers:
+            nursery.start_soon(dial, peer, nursery.cancel_scope)
+    return failures
 
 
 async def read_tables(host: Host, table: PeerTable) -> None:
@@ -208,20 +233,23 @@ async def _take_view(host: Host, peer: str, table: PeerTable) -> None:
 
 async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:
     """Return the model's description and tokenizer, from disk or from the first peer that gives
-    the files its fingerprint calls for. The last peer's error if none does.
+    the files its fingerprint calls for. The last peer's error if none of the first few does.
     """
     last: SwarmError = PeerFault("no server tells which files its model has")
-    for record in sorted(records, key=lambda record: record.peer not in host.links()):
-        proved = fingerprint_of(record.checkpoint_digest, record.files_digest)
-        if proved != record.fingerprint:
-            log.debug("%s announces a fingerprint that its digests do not prove", record.peer)
-            continue
+    proved = [record for record in records if _is_proved(record)]
+    proved.sort(key=lambda record: record.peer not in host.links())
+    for record in proved[:MOST_GIVERS]:
         try:
             files = await _load_or_fetch(host, record, cache)
             return model_of(record.fingerprint, files)
         except SwarmError as error:
             last = error
     raise last
+
+
+def _is_proved(record: PeerRecord) -> bool:
+    """Tell whether its digests are those that its fingerprint stands for."""
+    return fingerprint_of(record.checkpoint_digest, record.files_digest) == record.fingerprint
 
 
 def model_of(fingerprint: str, files: SmallFiles) -> Model:

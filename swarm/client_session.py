@@ -3,7 +3,7 @@
 1. Every repair ends: with a route, or within the route's deadline with an error that names the
    blocks nobody serves.
 2. Whom a trouble accuses is avoided for as long as somebody else can serve its blocks; the oldest
-   suspect is forgiven first.
+   suspect is forgiven first, and the longer the failures go on the later.
 3. A session that leaves its `async with` is closed on every hop that can still be reached.
 """
 
@@ -19,12 +19,13 @@ import trio
 
 from routing.route import Route
 from swarm.chain import Dial, Payload, Send, Shut
-from swarm.errors import NoRoute, SwarmError, Unreachable
+from swarm.errors import NoRoute, Refusal, SwarmError, Unreachable
 from swarm.identity import Identity
 from swarm.links import Links
 from swarm.messages import AnyMessage, FaultKind, Open, Output, Wanted, Wish
 from swarm.probe import measure_round_trip
 from swarm.session import Action, Deliver, Session, Trouble
+from swarm.tasks import open_tasks
 from swarm.transport import Host
 
 OPEN_VALID_SECONDS = 60.0
@@ -35,6 +36,8 @@ CLOSE_SECONDS = 2.0
 SUSPICION_SECONDS = 60.0
 # A session that fails this often without a single output in between is not worth another try.
 MOST_REPAIRS = 16
+MOST_REST_SECONDS = 2.0  # before the only server of a block is tried again
+MOST_TROUBLES = 64  # a hop may complain without end
 
 FindRoute = Callable[[frozenset[str], int], Awaitable[Route]]
 """Finds a route avoiding these peers, with room for so many tokens. NoRoute of `swarm.errors`."""
@@ -48,6 +51,14 @@ class Journal:
     replayed_tokens: int = 0
     outputs: int = 0
     troubles: list[Trouble] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """Since when a peer is avoided, and until when it is not to be asked in any case."""
+
+    since: float
+    until: float
 
 
 class ClientSession:
@@ -81,12 +92,13 @@ class ClientSession:
             sign=self._sign,
             new_link=self._links.new_number,
         )
-        self._suspects: dict[str, float] = {}  # since when, oldest first
+        self._suspects: dict[str, _Suspicion] = {}  # oldest first
         self._troubles: list[Trouble] = []
         self._outputs: deque[Output] = deque()
         self._news = trio.Event()
         self._positions = 0
         self._repairs = 0
+        self._deadline = float("inf")  # of finding a route, since the last output
 
     @property
     def route(self) -> tuple[tuple[str, str], ...]:
@@ -95,6 +107,7 @@ class ClientSession:
 
     async def open(self) -> None:
         """Find the first route and open the session on it. NoRoute after the deadline."""
+        self._deadline = trio.current_time() + self._route_seconds
         await self._take_route()
 
     def step(self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None) -> None:
@@ -111,8 +124,8 @@ class ClientSession:
     async def next_output(self) -> Output:
         """Return the next output, repairing the route as often as it takes.
 
-        Raises NoRoute when no route is found in time, Unreachable when the route is alive and yet
-        nothing comes, and the Refusal of a swarm that has no room.
+        Raises NoRoute when no route is found in time, Unreachable when routes fail again and again
+        or nothing comes over one that is alive, and Refusal when the servers go on refusing.
         """
         deadline = trio.current_time() + ANSWER_SECONDS
         while not self._outputs:
@@ -155,50 +168,72 @@ class ClientSession:
                     self._outputs.append(output)
                     self._news.set()
                 case Trouble():
-                    self._troubles.append(action)
+                    if len(self._troubles) < MOST_TROUBLES:
+                        self._troubles.append(action)
                     self._news.set()
 
     async def _repair(self) -> None:
         """Act on all troubles at once: a fresh route without the accused, the log replayed."""
+        now = trio.current_time()
+        if self._repairs == 0:
+            self._deadline = now + self._route_seconds
         self._repairs += 1
         troubles, self._troubles = self._troubles, []
         self.journal.troubles += troubles
+        last = troubles[-1]
+        if last.failure == "refused" and (now >= self._deadline or self._repairs > MOST_REPAIRS):
+            raise _refusal(last)
         if self._repairs > MOST_REPAIRS:
-            raise Unreachable(
-                f"the route failed {MOST_REPAIRS} times in a row, at last {troubles[-1].message}"
-            )
+            raise Unreachable(f"the route failed {MOST_REPAIRS} times in a row: {last.message}")
         for trouble in troubles:
             if trouble.peer:
-                self._suspect(trouble.peer)
+                self._suspect(trouble, now)
         self.journal.failovers += 1
         self.journal.replayed_tokens += self._positions
-        await self._take_route()
+        await self._take_route(last)
         self._troubles.clear()  # they were of the route just left
 
-    def _suspect(self, peer: str) -> None:
-        self._suspects.pop(peer, None)
-        self._suspects[peer] = trio.current_time()
+    def _suspect(self, trouble: Trouble, now: float) -> None:
+        # The first time a false accusation is likelier than a peer that needs a rest.
+        rest = min(RETRY_SECONDS * 2 ** (self._repairs - 2), MOST_REST_SECONDS)
+        rest = 0.0 if self._repairs == 1 else rest
+        until = now + max(rest, trouble.retry_seconds)
+        self._suspects.pop(trouble.peer, None)
+        self._suspects[trouble.peer] = _Suspicion(now, until)
 
-    async def _take_route(self) -> None:
-        """Find a route, forgiving suspects oldest first, until the deadline; then NoRoute."""
-        now = trio.current_time()
-        deadline = now + self._route_seconds
-        self._suspects = {
-            peer: since for peer, since in self._suspects.items() if now - since < SUSPICION_SECONDS
-        }
+    async def _take_route(self, last: Trouble | None = None) -> None:
+        """Find a route, forgiving suspects oldest first, until the deadline.
+
+        Then NoRoute, or the Refusal that was the last trouble.
+        """
         while True:
+            now = trio.current_time()
+            self._suspects = {
+                peer: suspicion
+                for peer, suspicion in self._suspects.items()
+                if now - suspicion.since < SUSPICION_SECONDS
+            }
             try:
                 route = await self._find_route(frozenset(self._suspects), self.max_tokens)
                 break
             except NoRoute:
-                if trio.current_time() >= deadline:
-                    raise
-                if self._suspects:
-                    del self._suspects[next(iter(self._suspects))]
-                else:
+                if not self._forgive_one():
+                    if trio.current_time() >= self._deadline:
+                        if last is not None and last.failure == "refused":
+                            raise _refusal(last) from None
+                        raise
                     await trio.sleep(RETRY_SECONDS)
         hops = [(hop.peer, str(hop.span)) for hop in route.hops]
         self._carry_out(self._session.take_route(hops))
+
+    def _forgive_one(self) -> bool:
+        """Suspect one peer less: the oldest that need not rest. False if there is none."""
+        now = trio.current_time()
+        for peer, suspicion in self._suspects.items():
+            if suspicion.until <= now:
+                del self._suspects[peer]
+                return True
+        return False
 
     async def _look_for_the_silent(self) -> None:
         """Accuse the hops that we are linked to and that do not answer a probe."""
@@ -234,7 +269,7 @@ async def open_session(
 
     Raises NoRoute if no route is found within `route_seconds`, now or at a repair.
     """
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         session = ClientSession(
             host,
             identity,
@@ -252,4 +287,11 @@ async def open_session(
             session.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
                 await session.wait_closed()
-            nursery.cancel_scope.cancel()
+
+
+def _refusal(trouble: Trouble) -> Refusal:
+    return Refusal(
+        f"the servers refuse: {trouble.message}",
+        next_step="try again soon",
+        retry_seconds=trouble.retry_seconds,
+    )

@@ -5,21 +5,37 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console as Terminal
 from rich.progress import Progress, TaskID
 
-from swarm.errors import EXIT_BUG, EXIT_INTERRUPTED, SwarmError
+from swarm.errors import EXIT_INTERRUPTED, SwarmError
 
 
 class Console:
-    """Notes and a progress bar on stderr; facts on stdout, as JSON if asked for."""
+    """Notes and a progress bar on stderr; facts on stdout, as JSON if asked for.
+
+    A context manager: a bar that is still there when it ends is taken off the terminal.
+    """
 
     def __init__(self, *, is_json: bool = False) -> None:
         self._is_json = is_json
         self._terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def note(self, text: str) -> None:
         """Say something on the side."""
@@ -30,7 +46,7 @@ class Console:
         if not self._terminal.is_terminal:
             self.note(label)
             return lambda _done, _total: None
-        bar = Progress(console=self._terminal, transient=True)
+        bar = self._bar = Progress(console=self._terminal, transient=True)
         task: TaskID = bar.add_task(label, total=None)
         bar.start()
 
@@ -67,7 +83,8 @@ def readable_errors(*, is_json: bool) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             sys.exit(EXIT_INTERRUPTED)
         if isinstance(error, BrokenPipeError):
-            sys.exit(_silenced())
+            _silence()
+            sys.exit(EXIT_INTERRUPTED)
         if not isinstance(error, SwarmError):
             text = f"{type(error).__name__}: {error}"
             error = SwarmError(
@@ -94,10 +111,9 @@ def _tell(error: SwarmError, *, is_json: bool) -> None:
         print(f"swarm: {error.sentence()}", file=sys.stderr)
 
 
-def _silenced() -> int:
-    """Nobody reads what we print: end quietly."""
-    sys.stderr = sys.stdout = None
-    return EXIT_BUG
+def _silence() -> None:
+    """Nobody reads what we print: the interpreter's last flush must not complain of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_debugging() -> bool:

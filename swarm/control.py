@@ -29,10 +29,7 @@ def ask(state: Path, question: str, *, within: float = 10.0) -> dict[str, Any] |
 
     Raises TimeoutError if it does not answer in time, ValueError if it answers nonsense.
     """
-    paths = sorted(
-        socket_folder(state).glob("*.sock"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    for path in paths:
+    for path in sorted(socket_folder(state).glob("*.sock"), key=_age):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(within)
             try:
@@ -45,7 +42,14 @@ def ask(state: Path, question: str, *, within: float = 10.0) -> dict[str, Any] |
     return None
 
 
-def _read_answer(client: socket.socket) -> dict[str, Any] | None:
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except FileNotFoundError:  # its daemon ended just now
+        return 0.0
+
+
+def _read_answer(client: socket.socket) -> dict[str, Any]:
     data = bytearray()
     while not data.endswith(b"\n"):
         part = client.recv(1 << 16)
@@ -58,14 +62,22 @@ def _read_answer(client: socket.socket) -> dict[str, Any] | None:
     return answer
 
 
-def ask_daemon(question: str) -> dict[str, Any]:
-    """Ask this user's daemon. BadInput if none runs, Unreachable if it does not answer."""
+def find_daemon(question: str) -> dict[str, Any] | None:
+    """Ask this user's daemon. None if none runs, Unreachable if it does not answer the question."""
     try:
         found = ask(home(), question)
     except (OSError, ValueError) as error:
         raise Unreachable(
-            f"the daemon does not answer ({error})", next_step="restart `swarm serve`"
+            f"your daemon does not answer ({error})", next_step="restart `swarm serve`"
         ) from error
+    if found is not None and "error" in found:
+        raise Unreachable(f"your daemon says: {found['error']}", next_step="restart `swarm serve`")
+    return found
+
+
+def ask_daemon(question: str) -> dict[str, Any]:
+    """Ask this user's daemon. BadInput if none runs, Unreachable if it does not answer."""
+    found = find_daemon(question)
     if found is None:
         raise BadInput(
             "no swarm daemon of yours runs here",

@@ -12,8 +12,8 @@ import numpy as np
 import trio
 
 from swarm.client_session import ClientSession
-from swarm.errors import BadInput
-from swarm.messages import HopTime, Output
+from swarm.errors import BadInput, PeerFault
+from swarm.messages import HopTime
 from swarm.sampling import SamplingSettings, candidates_from, choose, counts_of, wish_for
 from swarm.text import ModelCard
 from swarm.wire import Tensor
@@ -94,12 +94,18 @@ async def generate(
         output = await session.next_output()
         made.steps += 1
         choices = candidates_from(output.payload, wish)
+        if len(choices) != len(drafted) + 1:
+            raise PeerFault(
+                f"the last hop answered {len(choices)} positions, not {len(drafted) + 1}"
+            )
+        if made.steps > 1:
+            made.computed_seconds += _computed(output.times)
         for place, candidates in enumerate(choices):
             token = choose(candidates, settings.sampling, len(ids), counts)
             ids.append(token)
             counts[token] = counts.get(token, 0) + 1
             made.token_ids.append(token)
-            _note_time(made, output, began)
+            _note_time(made, began)
             if _is_over(made, token, settings, on_token):
                 return made
             if place < len(drafted) and drafted[place] != token:
@@ -123,12 +129,10 @@ def _is_over(made: Generation, token: int, settings: GenerateSettings, on_token:
     return True
 
 
-def _note_time(made: Generation, output: Output, began: float) -> None:
+def _note_time(made: Generation, began: float) -> None:
     now = trio.current_time() - began
     if len(made.token_ids) == 1:
         made.first_token_seconds = now
-    elif made.steps > 1:
-        made.computed_seconds += _computed(output.times)
     made.seconds = now
     made.decode_seconds = now - made.first_token_seconds
 

@@ -62,37 +62,63 @@ def verify(peer: str, data: bytes, signature: bytes) -> bool:
 
 
 def identity_from(path: Path) -> Identity:
-    """Load the key in this file, or make one there. BadInput if another process holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Load the key in this file, or make one there.
+
+    BadInput if another process holds it, it is no key, or it cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BadInput(
+            f"the identity {path} cannot be opened: {error.strerror}",
+            next_step="set SWARM_HOME, or name another file with --identity",
+        ) from error
+    try:
+        return Identity(_locked_seed(handle, path), path, handle)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+class _NotUsable(BadInput):
+    """Another process holds this key, or the file is no key: the next one may do."""
+
+
+def _locked_seed(handle: int, path: Path) -> bytes:
+    """Take the file for this process; return what it holds, or write a fresh seed there."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(handle)
-        raise BadInput(
+        raise _NotUsable(
             f"another process uses the identity {path}",
             next_step="stop it, or name another file with --identity",
         ) from error
-    os.fchmod(handle, 0o600)
-    seed = os.pread(handle, _SEED_BYTES + 1, 0)
-    if not seed:
-        seed = os.urandom(_SEED_BYTES)
-        os.pwrite(handle, seed, 0)
-        os.fsync(handle)
+    try:
+        os.fchmod(handle, 0o600)
+        seed = os.pread(handle, _SEED_BYTES + 1, 0)
+        if not seed:
+            seed = os.urandom(_SEED_BYTES)
+            os.pwrite(handle, seed, 0)
+            os.fsync(handle)
+    except OSError as error:
+        raise BadInput(f"the identity {path} cannot be kept: {error.strerror}") from error
     if len(seed) != _SEED_BYTES:
-        os.close(handle)
-        raise BadInput(
+        raise _NotUsable(
             f"{path} is not an identity: it should hold {_SEED_BYTES} bytes",
             next_step="name another file with --identity",
         )
-    return Identity(seed, path, handle)
+    return seed
 
 
 def first_free_identity(folder: Path) -> Identity:
-    """Load the first key of the folder that no other process holds; make one if all are held."""
+    """Load the first key of the folder that no other process holds; make one if all are held.
+
+    BadInput if the folder cannot be used.
+    """
     for number in range(_MOST_IDENTITIES):
         try:
             return identity_from(folder / f"identity-{number}.key")
-        except BadInput:
+        except _NotUsable:
             continue
     raise BadInput(f"all {_MOST_IDENTITIES} identities in {folder} are in use")

@@ -2,8 +2,10 @@
 
 1. Whatever is sent to one link is written in order, one write for each message.
 2. A reader never waits for compute nor for a writer: it hands over and reads on.
-3. The end of a link is reported once, and never for a link that was shut.
+3. The end of a link is reported once, also when its task is cancelled, and never for a link that
+   was shut.
 4. No queue grows without bound: a link whose receiver takes nothing is given up.
+5. A message that no frame can carry ends its link, and nothing else.
 """
 
 from collections import deque
@@ -14,13 +16,12 @@ from typing import Protocol
 import trio
 
 from swarm.chain import Dial, Send, Shut
-from swarm.errors import PeerFault, Refusal, SwarmError, Unreachable
+from swarm.errors import PeerFault, SwarmError, Unreachable
 from swarm.messages import CHAIN_PROTOCOL, AnyMessage, FaultKind, Message
 from swarm.transport import Host, MessageStream
 
 OPEN_SECONDS = 10.0
 WRITE_SECONDS = 20.0
-LINGER_SECONDS = 5.0
 # Credit bounds the data; this bounds the messages around it.
 MOST_UNWRITTEN = 8192
 
@@ -43,11 +44,13 @@ class _Link:
         self.stream: MessageStream | None = None
         self.unwritten: deque[Message] = deque()
         self.is_shut = False
+        self.is_overfull = False
         self.scope = trio.CancelScope()
         self._mail = trio.Event()
 
     def push(self, message: Message) -> None:
         if len(self.unwritten) >= MOST_UNWRITTEN:
+            self.is_overfull = True
             self.scope.cancel()
             return
         self.unwritten.append(message)
@@ -61,10 +64,7 @@ class _Link:
         """Write what is pushed until the link is shut; then cancel the reader."""
         while True:
             while self.unwritten:
-                with trio.move_on_after(WRITE_SECONDS) as scope:
-                    await stream.send(self.unwritten.popleft())
-                if scope.cancelled_caught:
-                    raise Unreachable(f"{stream.peer} took nothing for {WRITE_SECONDS:g} seconds")
+                await _write_one(stream, self.unwritten.popleft())
             if self.is_shut:
                 self.scope.cancel()
                 return
@@ -87,9 +87,8 @@ class Links:
         return len(self._links)
 
     async def wait_empty(self) -> None:
-        """Return when no link is open, being opened or being closed."""
+        """Return when no link is open or being opened."""
         while self._links:
-            self._is_empty = trio.Event()
             await self._is_empty.wait()
 
     def new_number(self) -> int:
@@ -119,9 +118,12 @@ class Links:
     async def _run_dialled(self, link: _Link, peer: str) -> None:
         try:
             opened = await self._host.open(peer, CHAIN_PROTOCOL, within=OPEN_SECONDS)
-        except (Unreachable, Refusal) as error:
+        except SwarmError as error:
             self._report(link, "unreachable", error.message)
             return
+        except trio.Cancelled:
+            self._report(link, "closed", "its opening was given up")
+            raise
         stream = MessageStream(opened)
         try:
             await self._run(link, stream)
@@ -130,18 +132,20 @@ class Links:
 
     async def _run(self, link: _Link, stream: MessageStream) -> None:
         """Read and write until either ends; what is left to write is written even when shut."""
+        failure: FaultKind = "closed"
+        message = "its stream was given up"
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.write, stream)
                 with link.scope:
                     await self._read(link, stream)
-                nursery.cancel_scope.deadline = trio.current_time() + LINGER_SECONDS
+                if link.is_overfull:
+                    raise Unreachable(f"{stream.peer} left {MOST_UNWRITTEN} messages untaken")
         except* SwarmError as group:
             error = _first(group)
-            kind: FaultKind = "broke_word" if isinstance(error, PeerFault) else "closed"
-            self._report(link, kind, error.message)
-        else:
-            self._report(link, "closed", f"{stream.peer} ended the stream")
+            failure, message = _failure_of(error), error.message
+        finally:  # also when this task is cancelled: a stream that nobody reads has ended
+            self._report(link, failure, message)
 
     async def _read(self, link: _Link, stream: MessageStream) -> None:
         while True:
@@ -153,9 +157,33 @@ class Links:
         self._links.pop(link.number, None)
         if not self._links:
             self._is_empty.set()
+            self._is_empty = trio.Event()
         if not link.is_shut:
             link.is_shut = True
             self._listener.ended(link.number, failure, message)
+
+
+class _TooLarge(SwarmError):
+    """A message of ours that no frame can carry."""
+
+
+async def _write_one(stream: MessageStream, message: Message) -> None:
+    with trio.move_on_after(WRITE_SECONDS) as scope:
+        try:
+            await stream.send(message)
+        except ValueError as error:
+            raise _TooLarge(str(error)) from error
+    if scope.cancelled_caught:
+        raise Unreachable(f"{stream.peer} took nothing for {WRITE_SECONDS:g} seconds")
+
+
+def _failure_of(error: SwarmError) -> FaultKind:
+    match error:
+        case PeerFault():
+            return "broke_word"
+        case _TooLarge():
+            return "failed"
+    return "closed"
 
 
 def _first(group: BaseExceptionGroup[SwarmError]) -> SwarmError:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
 from blocks.checkpoint import fingerprint as checkpoint_digest
 from blocks.errors import BlocksError
@@ -18,7 +20,7 @@ from blocks.stack import Stack
 from routing.offer import Offer
 from routing.placement import BlockSizes, DoesNotFit, auto_span, newcomer_span
 from routing.span import Span
-from swarm.errors import BadInput
+from swarm.errors import BadInput, PeerFault
 from swarm.files import SmallFiles, fingerprint_of
 from swarm.text import ModelCard
 
@@ -55,9 +57,13 @@ def describe(folder: Path, hub_name: str = "") -> Description:
             f"{folder} has no tokenizer.json",
             next_step="save the model's fast tokenizer there (save_pretrained)",
         )
+    try:
+        read = ModelCard.read(card)
+    except PeerFault as fault:  # here the files are the user's own
+        raise BadInput(f"{folder}: {fault.message}") from fault
     return Description(
         checkpoint=checkpoint,
-        card=ModelCard.read(card),
+        card=read,
         files=small,
         checkpoint_digest=digest,
         fingerprint=fingerprint_of(digest, small.digest),
@@ -90,7 +96,9 @@ def choose_span(
     dtype: Dtype,
     seed: int,
 ) -> Span:
-    """Return the blocks to hold. BadInput if they do not exist or do not fit."""
+    """Return the blocks to hold. BadInput if they do not exist or, where the choice is ours, none
+    fits into `free_bytes`: blocks that the user names, or counts, are the user's own risk.
+    """
     blocks = description.card.blocks
     if isinstance(wanted, Span):
         if wanted.stop > blocks:
@@ -138,7 +146,7 @@ def load(
     device: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Stack:
-    """Load the blocks. BadInput names what is wrong with the checkpoint."""
+    """Load the blocks. BadInput says what is wrong with the checkpoint, or that they do not fit."""
     try:
         return load_stack(
             description.checkpoint,
@@ -150,3 +158,8 @@ def load(
         )
     except BlocksError as error:
         raise BadInput(str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise BadInput(
+            f"blocks {span} of {description.card.name} do not fit into the memory of {device}",
+            next_step="take fewer with --blocks, or a smaller --dtype",
+        ) from error

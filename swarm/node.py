@@ -12,9 +12,10 @@ from random import Random
 
 import trio
 
+from routing.offer import Offer
 from routing.span import Span
 from swarm import __version__
-from swarm.errors import SwarmError
+from swarm.errors import BadInput, SwarmError
 from swarm.files import serve_files
 from swarm.gossip import Gossip
 from swarm.identity import Identity
@@ -24,6 +25,7 @@ from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
 from swarm.record import PeerRecord
 from swarm.server import Room, Server
+from swarm.tasks import open_tasks
 from swarm.transport import Host
 from swarm.worker import Executor
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 2.0
 PROBE_EVERY_SECONDS = 10.0
 PROBE_SECONDS = 2.0
+_MOST_MODEL_NAME = 128  # what a record takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +82,12 @@ class Node:
         """The servers known now, this one among them."""
         return self.gossip.table.records(trio.current_time())
 
+    def offers(self) -> tuple[Offer, ...]:
+        """The same as routing sees them."""
+        return self.gossip.table.offers(trio.current_time())
+
     async def hold(self, holding: Holding) -> None:
-        """Begin to serve, and announce it."""
+        """Begin to serve, and announce it. BadInput if what it would announce fits no record."""
         room = Room(
             span=holding.span,
             fingerprint=self._description.fingerprint,
@@ -91,7 +98,10 @@ class Node:
         is_serving = trio.Event()
         self._nursery.start_soon(self.server.run, is_serving)
         await is_serving.wait()
-        await self.gossip.announce(self.record())
+        try:
+            await self.gossip.announce(self.record())
+        except ValueError as error:
+            raise BadInput(f"this peer cannot be announced: {error}") from error
         self._nursery.start_soon(self._keep_record_true)
         self._nursery.start_soon(self._measure_links)
 
@@ -108,7 +118,7 @@ class Node:
             checkpoint_digest=told.checkpoint_digest,
             files_digest=told.files.digest,
             hub_name=told.hub_name,
-            model_name=told.card.name,
+            model_name=told.card.name[:_MOST_MODEL_NAME],
             blocks=told.card.blocks,
             span=str(holding.span),
             state="draining" if server.is_draining else "online",
@@ -187,7 +197,6 @@ async def open_node(
     )
     serve_probe(host)
     serve_files(host, description.files)
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         nursery.start_soon(gossip.run)
         yield Node(host, identity, description, gossip, nursery, name)
-        nursery.cancel_scope.cancel()

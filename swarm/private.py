@@ -5,25 +5,24 @@
 """
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import trio
-
-from blocks.executor import ComputeThread
+from blocks.executor import ComputeThread, Executor
 from blocks.measure import measure
-from blocks.stack import Stack
 from routing.span import Span
 from swarm.client import Client, open_client
 from swarm.files import FileCache
 from swarm.host import open_host
 from swarm.identity import new_identity
 from swarm.invite import Invite, new_secret, swarm_id_of
-from swarm.model import Description, describe, load
+from swarm.loading import cache_tokens, holding_of, load_off_thread, run_in
+from swarm.model import Description, describe
 from swarm.node import open_node
-from swarm.serve import cache_tokens, holding_of, run_in
 from swarm.settings import DEMO_FOLDER, cache_home
+from swarm.tasks import in_thread
 
 PEERS = 3
 MEASURE_SECONDS = 0.05
@@ -41,7 +40,7 @@ def even_spans(blocks: int, peers: int) -> tuple[Span, ...]:
 @asynccontextmanager
 async def open_private_swarm(folder: Path = DEMO_FOLDER) -> AsyncIterator[Client]:
     """Serve the model in this folder by three peers, and give a client of theirs."""
-    description = await trio.to_thread.run_sync(describe, folder)
+    description = await in_thread(partial(describe, folder))
     secret = new_secret()
     async with AsyncExitStack() as stack:
         thread = stack.enter_context(ComputeThread(None))
@@ -69,8 +68,9 @@ async def _add_peer(
     name: str,
 ) -> tuple[str, ...]:
     """Start one more peer; return the addresses of all so far."""
-    loaded: Stack = await trio.to_thread.run_sync(load, description, span, "float32", "cpu")
+    loaded = await load_off_thread(description, span, "float32", "cpu")
     speed = await run_in(thread, lambda: measure(loaded, MEASURE_SECONDS))
+    executor = stack.enter_context(closing(Executor(loaded, thread)))
     identity = new_identity()
     host = await stack.enter_async_context(open_host(identity, secret, listen=LOOPBACK))
     for address in known:
@@ -80,5 +80,5 @@ async def _add_peer(
     node = await stack.enter_async_context(
         open_node(host, identity, secret, description, name=name)
     )
-    await node.hold(holding_of(loaded, speed, thread, cache_tokens(description, 1, CACHE_BYTES)))
+    await node.hold(holding_of(loaded, speed, executor, cache_tokens(description, 1, CACHE_BYTES)))
     return (*known, host.addresses[0])

@@ -11,18 +11,19 @@ import trio
 from swarm.client import Client, open_client
 from swarm.client_session import ClientSession
 from swarm.console import Console
-from swarm.control import ask
-from swarm.errors import BadInput
+from swarm.control import find_daemon
 from swarm.files import FileCache
 from swarm.generate import GenerateSettings, Generation, check_prompt, generate
 from swarm.identity import new_identity
 from swarm.invite import Invite, decode_invite
 from swarm.sampling import SamplingSettings
-from swarm.settings import DEFAULT_TOKENS, cache_home, home
-from swarm.text import StopScanner, TextStream
+from swarm.settings import DEFAULT_TOKENS, cache_home
+from swarm.text import GenerationDefaults, StopScanner, TextStream
 
-OnText = Callable[[int, str], None]
-"""Called with each token id and the text that it completes, which may be empty."""
+OnText = Callable[[int | None, str], None]
+"""Called with each token id and the text that it completes, which may be empty; at the end with
+None and the text that was held back, if there is any.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,15 @@ class PromptSettings:
     stops: tuple[str, ...] = ()
     route_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        """Raise BadInput for what no model could do, before any swarm is asked."""
+        StopScanner(self.stops)
+        SamplingSettings(
+            temperature=self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=0 if self.top_k is None else self.top_k,
+        )
+
 
 async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> dict[str, Any]:
     """Generate and return the object of `swarm generate --json`.
@@ -49,6 +59,7 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     check_prompt(prompt, card)
     most = min(settings.most_tokens, card.context_length - len(prompt))
     began = trio.current_time()
+    sampling = sampling_of(card.generation, settings)
     speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
     async with client.session(len(prompt) + most, route_seconds=settings.route_seconds) as session:
         opening_seconds = trio.current_time() - began
@@ -58,7 +69,7 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
             GenerateSettings(
                 most_tokens=most,
                 end_ids=frozenset(card.end_of_sequence_ids),
-                sampling=sampling_of(client, settings),
+                sampling=sampling,
             ),
             speaker.say,
         )
@@ -66,11 +77,8 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
         return _report(client, session, made, speaker.text, opening_seconds)
 
 
-def sampling_of(client: Client, settings: PromptSettings) -> SamplingSettings:
+def sampling_of(defaults: GenerationDefaults, settings: PromptSettings) -> SamplingSettings:
     """The user's choice, completed by the model's own generation config."""
-    defaults = client.model.card.generation
-    if settings.temperature < 0:
-        raise BadInput("--temperature cannot be negative", next_step="0 is the surest text")
     return SamplingSettings(
         temperature=settings.temperature,
         top_p=settings.top_p if settings.top_p is not None else defaults.top_p or 1.0,
@@ -96,12 +104,12 @@ class _Speaker:
 
     def finish(self) -> None:
         """Give what was held back."""
-        if not self._scanner.matched is not None:
+        if self._scanner.matched is None:
             rest = self._scanner.feed(self._stream.finish()) + self._scanner.finish()
             if rest:
-                self._tell(-1, rest)
+                self._tell(None, rest)
 
-    def _tell(self, token: int, text: str) -> None:
+    def _tell(self, token: int | None, text: str) -> None:
         self.text += text
         self._on_text(token, text)
 
@@ -135,7 +143,7 @@ async def run_prompt(
     settings: PromptSettings, join: str | None, console: Console, on_text: OnText
 ) -> dict[str, Any]:
     """Find a swarm and answer: that of the token, of the own daemon, or a private one."""
-    token = join or _daemon_token()
+    token = join or daemon_token()
     if token is not None:
         async with open_joined(decode_invite(token)) as client:
             return await answer(client, settings, on_text)
@@ -161,9 +169,7 @@ async def open_joined(invite: Invite) -> AsyncIterator[Client]:
             yield client
 
 
-def _daemon_token() -> str | None:
-    try:
-        found = ask(home(), "invite")
-    except (OSError, ValueError):
-        return None
-    return str(found["join"]) if found and "join" in found else None
+def daemon_token() -> str | None:
+    """A join token of this user's daemon; None if none runs. Unreachable if it does not answer."""
+    found = find_daemon("invite")
+    return str(found["join"]) if found is not None else None

@@ -3,6 +3,7 @@
 1. Nothing a peer sends is acted on before its Open is checked: signature, time, place, sender.
 2. A leg is admitted only if all tokens it may ever hold fit beside those promised before.
 3. A lost up stream costs nothing for one grace time; after it nothing of the leg is left.
+4. What sessions can make us hold beside their tokens is bounded: legs, hints, the size of a result.
 """
 
 import logging
@@ -29,8 +30,10 @@ from swarm.messages import (
     Open,
     Prepare,
     Refused,
+    payload_bytes,
 )
 from swarm.transport import Host, MessageStream, Stream
+from swarm.wire import DEFAULT_LIMITS
 from swarm.worker import Executor, Worker, payload_of
 
 if TYPE_CHECKING:
@@ -44,6 +47,10 @@ RETRY_SECONDS = 5.0
 # How wrong the clocks of two machines may be before one refuses the other's Open.
 CLOCK_SLACK_SECONDS = 300.0
 PREPARE_SECONDS = 10.0
+MOST_PREPARED = 32  # neighbours being dialled on a client's hint, at a time
+MOST_LEGS = 4096  # a leg without tokens takes memory too
+# A result travels in one frame beside its header.
+MOST_RESULT_BYTES = DEFAULT_LIMITS.frame_bytes - DEFAULT_LIMITS.header_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +77,12 @@ class Server:
         self.room = room
         self.is_draining = False
         self._is_ending = False
-        self.steps_computed = 0
         self._host = host
         self._wall_clock = wall_clock
         self._grace_seconds = grace_seconds
         self._worker = Worker(executor, self._done)
         self._graces: dict[int, trio.CancelScope] = {}
+        self._preparing: set[str] = set()
 
     @property
     def free_tokens(self) -> int:
@@ -112,6 +119,8 @@ class Server:
 
     def received(self, link: int, message: AnyMessage) -> None:
         """A message came over a chain stream."""
+        if self._is_ending:
+            return
         if isinstance(message, Prepare):
             self._nursery.start_soon(self._prepare, message.peer)
         elif isinstance(message, Open) and (refused := self._check_place(message)) is not None:
@@ -146,10 +155,15 @@ class Server:
         await self._links.adopt(link, messages, lambda: self._carry_out(begin(link)))
 
     async def _prepare(self, peer: str) -> None:
+        if peer in self._preparing or len(self._preparing) >= MOST_PREPARED:
+            return
+        self._preparing.add(peer)
         try:
             await self._host.dial(peer, within=PREPARE_SECONDS)
         except SwarmError as error:
             log.debug("no link to %s yet: %s", peer, error)
+        finally:
+            self._preparing.discard(peer)
 
     def _check(self, opened: Open, sender: str) -> Refused | None:
         """Is this Open what its client signed, in time, and does it come from the hop before?"""
@@ -183,7 +197,7 @@ class Server:
         if span is None or not self.room.span.covers(span):
             held = f"blocks {self.room.span} are held here"
             return Refused(reason="span_not_held", message=held)
-        if opened.max_tokens > self.free_tokens:
+        if opened.max_tokens > self.free_tokens or self.sessions >= MOST_LEGS:
             return Refused(
                 reason="full",
                 message=f"room for {self.free_tokens} tokens is left",
@@ -219,12 +233,14 @@ class Server:
         leg = done.key
         if not isinstance(leg, int):
             raise TypeError(f"a result for {leg!r}, which no leg asked for")
-        if done.error is None:
-            self.steps_computed += 1
+        payload = payload_of(done.output)
+        error = done.error
+        if error is None and payload_bytes(payload) > MOST_RESULT_BYTES:
+            error = f"a result of {payload_bytes(payload)} bytes fits no frame: send shorter steps"
+        if error is None:
             time_spent = HopTime(done.seconds, done.waited)
-            payload = payload_of(done.output)
             actions = self._legs.computed(leg, done.serial, payload, time_spent)
         else:
-            log.warning("a step failed: %s", done.error)
-            actions = self._legs.failed(leg, done.error)
+            log.warning("a step failed: %s", error)
+            actions = self._legs.failed(leg, error)
         self._carry_out(actions)

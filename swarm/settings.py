@@ -15,6 +15,8 @@ DEFAULT_TOKENS = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MOST_BYTES = 1 << 60
+_MOST_NAME = 64  # a column of the peer map
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -90,6 +92,17 @@ def parse_dtype(text: str) -> str:
 def parse_bytes(text: str) -> int:
     """Read "8GB", "500M" or plain bytes. BadInput says what is allowed."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    amount = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
+    if not 1 <= amount < _MOST_BYTES:
         raise BadInput(f"--memory {text} is not an amount", next_step="give one like 8GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(amount)
+
+
+def parse_name(text: str) -> str:
+    """Read --name: one line that fits into a record. BadInput for another."""
+    if len(text) > _MOST_NAME or not text.isprintable():
+        raise BadInput(
+            "--name is not a name for the peer map",
+            next_step=f"give one line of at most {_MOST_NAME} characters",
+        )
+    return text

@@ -10,6 +10,7 @@ from swarm.control import ask_daemon
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
     from swarm.invite import Invite
     from swarm.record import PeerRecord
@@ -21,25 +22,31 @@ def status_of(
     records: "Sequence[PeerRecord]", round_trips: Mapping[str, float], own: str = ""
 ) -> dict[str, Any]:
     """Return the map in the form of `swarm status --json`. Round trips in seconds by peer."""
+    from collections import Counter
+
     from routing.coverage import coverage, uncovered
     from swarm.record import offer_of
 
     if not records:
         return {
             "model": None,
+            "fingerprint": None,
             "blocks": 0,
             "healthy": False,
             "coverage": [],
             "uncovered": [],
             "peers": [],
         }
-    blocks = records[0].blocks
-    offers = [offer_of(record) for record in records if record.blocks == blocks]
+    # One peer that announces something else must not decide what the swarm serves.
+    usual = Counter((record.fingerprint, record.blocks) for record in records)
+    (fingerprint, blocks), _ = usual.most_common(1)[0]
+    ours = [r for r in records if (r.fingerprint, r.blocks) == (fingerprint, blocks)]
+    offers = [offer_of(record) for record in ours]
     gaps = [str(span) for span in uncovered(offers, blocks)]
-    ordered = sorted(records, key=lambda record: (record.held.start, record.held.stop, record.peer))
+    ordered = sorted(ours, key=lambda record: (record.held.start, record.held.stop, record.peer))
     return {
-        "model": records[0].model_name,
-        "fingerprint": records[0].fingerprint,
+        "model": ours[0].model_name,
+        "fingerprint": fingerprint,
         "blocks": blocks,
         "healthy": not gaps,
         "coverage": [round(speed, 3) for speed in coverage(offers, blocks)],
@@ -104,13 +111,15 @@ def _coverage(speeds: Sequence[float]) -> Any:
     return line
 
 
-def _row(peer: Mapping[str, Any], blocks: int) -> list[str]:
+def _row(peer: Mapping[str, Any], blocks: int) -> list["Text"]:
+    from rich.text import Text
+
     start, stop = map(int, peer["span"].split(":"))
     width = min(blocks, 40)
     first, last = start * width // blocks, max(stop * width // blocks, start * width // blocks + 1)
     held = "·" * first + "█" * (last - first) + "·" * (width - last)
     rtt = peer["rtt_ms"]
-    return [
+    cells = [
         f"…{peer['peer'][-8:]}",
         peer["name"],
         peer["span"],
@@ -121,6 +130,7 @@ def _row(peer: Mapping[str, Any], blocks: int) -> list[str]:
         "?" if rtt is None else f"{rtt:.1f}",
         str(peer["free_tokens"]),
     ]
+    return [Text(cell) for cell in cells]  # what peers say of themselves is no markup
 
 
 def find_status(join: str | None) -> dict[str, Any]:
