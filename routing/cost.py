@@ -64,6 +64,10 @@ class MeasuredLinks:
             one_way[origin, peer] = one_way[peer, origin] = half
         object.__setattr__(self, "_one_way", one_way)
 
+    def is_measured(self, origin: str, peer: str) -> bool:
+        """Return whether a round trip of this pair is known, either way."""
+        return (origin, peer) in self._one_way
+
     def one_way_seconds(self, origin: str, peer: str) -> float:
         """Return half the round trip; 0 from a peer to itself."""
         if origin == peer:
@@ -117,11 +121,21 @@ class CostModel:
 
     def entry_seconds(self, origin: str, offer: Offer) -> float:
         """Return what it takes to come from origin to this server, before any block is run."""
+        return self.transit_seconds(origin, offer.peer) + self.standing_seconds(offer)
+
+    def transit_seconds(self, origin: str, target: str) -> float:
+        """Return what this step takes on a link: ids from the client, the answer back to it, and
+        hidden states between servers.
+        """
         work = self.work
-        per_token = work.client_bytes_per_token if origin == CLIENT else work.bytes_per_token
-        transfer = work.tokens * per_token / self.links.bytes_per_second(origin, offer.peer)
-        link = self.links.one_way_seconds(origin, offer.peer) + transfer
-        return link + self.standing_seconds(offer)
+        if target == CLIENT:
+            size = work.answer_bytes
+        elif origin == CLIENT:
+            size = work.tokens * work.client_bytes_per_token
+        else:
+            size = work.tokens * work.bytes_per_token
+        transfer = size / self.links.bytes_per_second(origin, target)
+        return self.links.one_way_seconds(origin, target) + transfer
 
     def block_seconds(self, offer: Offer) -> float:
         """Return what this step takes in one block of this server."""
@@ -142,8 +156,7 @@ class CostModel:
 
     def way_back_seconds(self, peer: str) -> float:
         """Return what the answer takes from the last hop to the client."""
-        transfer = self.work.answer_bytes / self.links.bytes_per_second(peer, CLIENT)
-        return self.links.one_way_seconds(peer, CLIENT) + transfer
+        return self.transit_seconds(peer, CLIENT)
 
 
 def _check(what: str, seconds: float) -> None:

@@ -139,7 +139,7 @@ def auto_span(
 
     Raises DoesNotFit if no block fits; ValueError for a headroom outside [0, 1).
     """
-    candidates = _largest_spans(sizes, free_bytes, headroom)
+    candidates = largest_spans(sizes, free_bytes, headroom)
     if not candidates:
         singles = (Span(block, block + 1) for block in range(sizes.blocks))
         needed = min(map(sizes.span_bytes, singles))
@@ -148,8 +148,11 @@ def auto_span(
     return _worst_served(candidates, parts, offers, sizes.blocks, seed)
 
 
-def _largest_spans(sizes: BlockSizes, free_bytes: int, headroom: float) -> list[Span]:
-    """Return every span that fits and is not part of another that fits, by start."""
+def largest_spans(sizes: BlockSizes, free_bytes: int, headroom: float = HEADROOM) -> list[Span]:
+    """Return every span that fits and is not part of another that fits, by start.
+
+    Raises ValueError for a headroom outside [0, 1).
+    """
     largest: list[Span] = []
     for start in range(sizes.blocks):
         count = blocks_that_fit(sizes, free_bytes, start=start, headroom=headroom)

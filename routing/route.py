@@ -20,6 +20,28 @@ class Hop:
     span: Span
 
 
+def check_joined(hops: Sequence[Hop]) -> None:
+    """Raise ValueError unless there are hops and they join from block 0 on."""
+    if not hops:
+        raise ValueError("a route needs at least one hop")
+    block = 0
+    for hop in hops:
+        if hop.span.start != block:
+            raise ValueError(f"{hop.peer} runs {hop.span}, but block {block} comes next")
+        block = hop.span.stop
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Hops that run a part of the blocks, as a search found them.
+
+    The seconds reach from leaving the origin to arriving at the target, its own work left out.
+    """
+
+    hops: tuple[Hop, ...]
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
     """Hops that run all blocks in order, and the seconds one step is expected to take."""
@@ -29,13 +51,7 @@ class Route:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the hops join from block 0 on and the seconds are possible."""
-        if not self.hops:
-            raise ValueError("a route needs at least one hop")
-        block = 0
-        for hop in self.hops:
-            if hop.span.start != block:
-                raise ValueError(f"{hop.peer} runs {hop.span}, but block {block} comes next")
-            block = hop.span.stop
+        check_joined(self.hops)
         if not (isfinite(self.seconds) and self.seconds >= 0):
             raise ValueError(f"a route takes a finite time >= 0, not {self.seconds} seconds")
 
@@ -43,6 +59,16 @@ class Route:
     def blocks(self) -> int:
         """How many blocks it runs."""
         return self.hops[-1].span.stop
+
+
+class NoChain(Exception):
+    """The part is held, but every chain through it would have a peer follow itself."""
+
+    def __init__(self, part: Span, origin: str, target: str) -> None:
+        """Name the part and who is before and after it."""
+        between = f"{origin or 'the client'} and {target or 'the client'}"
+        super().__init__(f"no chain of other peers runs {part} between {between}")
+        self.part = part
 
 
 class NoRoute(Exception):

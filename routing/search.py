@@ -1,11 +1,12 @@
-"""The cheapest route through the swarm.
+"""The cheapest route through the swarm, or the cheapest chain for a part of it.
 
 Invariants:
 1. without a seed no chain of the offers is cheaper, whatever the links; with one, none is cheaper
-   by more than NEAR_TIE of its own cost;
+   by more than NEAR_TIE of its own cost. Reluctant peers count NEAR_TIE dearer than they are;
 2. the answer is a function of the arguments; the order of the offers does not matter;
-3. `Route.seconds` is the true cost, never the shaken one;
-4. NoRoute is raised exactly if some block has no usable server.
+3. the seconds of an answer are its true cost, never the shaken one;
+4. no peer follows itself, also not at the ends of a chain: a peer cannot dial itself;
+5. NoRoute is raised exactly if some block has no usable server.
 """
 
 from collections.abc import Sequence, Set
@@ -16,13 +17,13 @@ from math import inf
 from routing.cost import CLIENT, CostModel
 from routing.coverage import uncovered
 from routing.offer import Offer
-from routing.route import Hop, NoRoute, Route
+from routing.route import Chain, Hop, NoChain, NoRoute, Route
 from routing.span import Span, spans_of
 
 # Routes within 5 % of each other are a tie: what servers announce is no more exact than that.
 NEAR_TIE = 0.05
 
-_FROM_CLIENT = -1  # the client in the place of an index into the offers
+_ORIGIN = -1  # where the chain comes from, in the place of an index into the offers
 
 
 def fastest_route(
@@ -36,9 +37,61 @@ def fastest_route(
 ) -> Route:
     """Return the hops through all blocks with the least expected seconds, way back included.
 
-    Each peer makes one offer. Offers are left out that are not online, have fewer than
-    `needed_tokens` free, belong to a peer in `avoid`, or reach beyond the model. A peer may come
-    twice on a route, with other peers between.
+    The offers that count are those of `usable_offers`. A peer may come twice on a route, with other
+    peers between. How ties are broken says `cheapest_chain`.
+
+    Raises NoRoute, naming the blocks without a usable server; ValueError if `cost` was made for a
+    model of another size.
+    """
+    if cost.work.blocks != blocks:
+        raise ValueError(f"the cost is of {cost.work.blocks} blocks, the model has {blocks}")
+    whole = Span(0, blocks)
+    usable = usable_offers(offers, blocks, [whole], needed_tokens=needed_tokens, avoid=avoid)
+    chain = cheapest_chain(usable, whole, cost, seed=seed)
+    return Route(chain.hops, chain.seconds)
+
+
+def usable_offers(
+    offers: Sequence[Offer],
+    blocks: int,
+    parts: Sequence[Span],
+    *,
+    needed_tokens: int = 0,
+    avoid: Set[str] = frozenset(),
+) -> list[Offer]:
+    """Return the offers that may serve, having made sure that together they hold these parts.
+
+    Left out are those not online, with fewer than `needed_tokens` free, of a peer in `avoid`, or
+    reaching beyond the model. Raises NoRoute, naming the blocks of the parts that then have none.
+    """
+    usable = [
+        offer
+        for offer in offers
+        if offer.is_online
+        and offer.free_tokens >= needed_tokens
+        and offer.peer not in avoid
+        and offer.span.stop <= blocks
+    ]
+    gaps = _blocks_of(uncovered(usable, blocks)) & _blocks_of(parts)
+    if gaps:
+        raise _no_route(gaps, offers, blocks, needed_tokens, avoid)
+    return usable
+
+
+def cheapest_chain(
+    usable: Sequence[Offer],
+    part: Span,
+    cost: CostModel,
+    *,
+    origin: str = CLIENT,
+    target: str = CLIENT,
+    seed: int | None = None,
+    reluctant: Set[str] = frozenset(),
+) -> Chain:
+    """Return the hops through the part that take the fewest seconds from origin to target.
+
+    Origin and target are the hops before and after, or the client; the links to both count, what
+    the target computes does not. Each peer makes one offer.
 
     The search goes from block to block and keeps, for each server, the least seconds after which it
     has run the blocks before. So it looks at every place where a span can be left. One may think
@@ -49,38 +102,31 @@ def fastest_route(
     have such detours and heads do differ. Looking at every cut needs no such assumption, and
     breaking off at the first predecessor that cannot win keeps it cheap.
 
-    A seed keeps clients from herding on one of many near-equal routes: everything a hop costs
-    (on the last one also the way back) is multiplied by 1 + NEAR_TIE x a number in [0, 1) drawn
-    from hash(seed, peer), and the cheapest chain by that measure is taken. Since no factor is below
-    1 and none above 1 + NEAR_TIE, it costs at most 1 + NEAR_TIE times the cheapest. Without a seed
-    exact ties go to the server already on the route, then to the smaller peer name.
+    A seed keeps clients from herding on one of many near-equal chains: everything a hop costs
+    (on the last one also the way to the target) is multiplied by 1 + NEAR_TIE x a number in [0, 1)
+    drawn from hash(seed, peer), and the cheapest chain by that measure is taken. Since no factor is
+    below 1 and none above 1 + NEAR_TIE, it costs at most 1 + NEAR_TIE times the cheapest. Without a
+    seed exact ties go to the server already in the chain, then to the smaller peer name. A
+    `reluctant` peer's factor is 1 + NEAR_TIE times as large, so that others are taken at near-equal
+    cost; the bound grows by as much.
 
-    Raises NoRoute, naming the blocks without a usable server; ValueError if `cost` was made for a
-    model of another size.
+    Raises NoChain if there is none in which no peer follows itself (origin and target count), or a
+    block is held by nobody. With the client at both ends, offers that hold the part are enough.
     """
-    if cost.work.blocks != blocks:
-        raise ValueError(f"the cost is of {cost.work.blocks} blocks, the model has {blocks}")
-    usable = [
-        offer
-        for offer in offers
-        if offer.is_online
-        and offer.free_tokens >= needed_tokens
-        and offer.peer not in avoid
-        and offer.span.stop <= blocks
-    ]
-    gaps = uncovered(usable, blocks)
-    if gaps:
-        raise _no_route(gaps, offers, blocks, needed_tokens, avoid)
-    hops = _Search(_ranked(usable, seed), blocks, cost).cheapest()
-    return _priced(hops, usable, cost)
+    ranked = [each for each in _ranked(usable, seed, reluctant) if each[1].span.overlaps(part)]
+    hops = _Search(ranked, part, cost, origin, target).cheapest()
+    return _priced(hops, usable, cost, origin, target)
 
 
-def _ranked(offers: Sequence[Offer], seed: int | None) -> list[tuple[float, Offer]]:
+def _ranked(
+    offers: Sequence[Offer], seed: int | None, reluctant: Set[str]
+) -> list[tuple[float, Offer]]:
     """Return each offer with its factor; the order decides exact ties."""
-    ordered = sorted(offers, key=lambda each: (each.peer, each.span))
-    if seed is None:
-        return [(1.0, offer) for offer in ordered]
-    return [(1 + NEAR_TIE * _draw(seed, offer.peer), offer) for offer in ordered]
+    ranked = []
+    for offer in sorted(offers, key=lambda each: (each.peer, each.span)):
+        factor = 1.0 if seed is None else 1 + NEAR_TIE * _draw(seed, offer.peer)
+        ranked.append((factor * (1 + NEAR_TIE) if offer.peer in reluctant else factor, offer))
+    return ranked
 
 
 def _draw(seed: int, peer: str) -> float:
@@ -89,30 +135,31 @@ def _draw(seed: int, peer: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _priced(hops: tuple[Hop, ...], offers: Sequence[Offer], cost: CostModel) -> Route:
+def _priced(
+    hops: tuple[Hop, ...], offers: Sequence[Offer], cost: CostModel, origin: str, target: str
+) -> Chain:
     by_peer = {offer.peer: offer for offer in offers}
-    seconds, origin = 0.0, CLIENT
+    seconds = 0.0
     for hop in hops:
         seconds += cost.hop_seconds(origin, by_peer[hop.peer], hop.span)
         origin = hop.peer
-    return Route(hops, seconds + cost.way_back_seconds(origin))
+    return Chain(hops, seconds + cost.transit_seconds(origin, target))
 
 
 def _no_route(
-    gaps: Sequence[Span],
+    gaps: Set[int],
     offers: Sequence[Offer],
     blocks: int,
     needed_tokens: int,
     avoid: Set[str],
 ) -> NoRoute:
     trusted = [offer for offer in offers if offer.peer not in avoid]
-    nobody = uncovered(offers, blocks)
-    unserved = _blocks_of(nobody)
+    unserved = _blocks_of(uncovered(offers, blocks))
     untrusted = _blocks_of(uncovered(trusted, blocks))
     return NoRoute(
-        nobody,
-        full=spans_of(_blocks_of(gaps) - untrusted),
-        avoided=spans_of(untrusted - unserved),
+        spans_of(gaps & unserved),
+        full=spans_of(gaps - untrusted),
+        avoided=spans_of(gaps & untrusted - unserved),
         needed_tokens=needed_tokens,
     )
 
@@ -123,60 +170,70 @@ def _blocks_of(spans: Sequence[Span]) -> set[int]:
 
 @dataclass(slots=True)
 class _Search:
-    """One forward pass over the blocks. Every block has at least one offer that holds it."""
+    """One forward pass over the blocks of the part."""
 
     ranked: list[tuple[float, Offer]]
-    blocks: int
+    part: Span
     cost: CostModel
+    origin: str
+    target: str
     # By block: for each server that entered there, the index it came from.
-    entered: list[dict[int, int]] = field(default_factory=list)
+    entered: dict[int, dict[int, int]] = field(default_factory=dict)
     entries: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def cheapest(self) -> tuple[Hop, ...]:
-        """Return the hops of the chain with the least shaken seconds."""
-        arrived = [(0.0, _FROM_CLIENT)]  # (seconds, who ran the block before), cheapest first
+        """Return the hops of the chain with the least shaken seconds; NoChain if there is none."""
+        arrived = [(0.0, _ORIGIN)]  # (seconds, who ran the block before), cheapest first
         standing = [factor * self.cost.standing_seconds(offer) for factor, offer in self.ranked]
         running = [factor * self.cost.block_seconds(offer) for factor, offer in self.ranked]
-        for block in range(self.blocks):
+        for block in self.part.blocks:
             here = [i for i, (_, offer) in enumerate(self.ranked) if block in offer.span]
             stayed = {index: seconds for seconds, index in arrived}
             came: dict[int, int] = {}
             reached: list[tuple[float, int]] = []
             for index in here:
                 best = stayed.get(index, inf)
-                for seconds, origin in arrived:
+                for seconds, before in arrived:
                     if seconds + standing[index] >= best:
                         break  # all after it are dearer still; so is coming from oneself
-                    total = seconds + self._entry(origin, index)
+                    total = seconds + self._entry(before, index)
                     if total < best:
-                        best, came[index] = total, origin
-                reached.append((best + running[index], index))
+                        best, came[index] = total, before
+                if best < inf:
+                    reached.append((best + running[index], index))
             reached.sort()
-            self.entered.append(came)
+            self.entered[block] = came
             arrived = reached
-        return self._hops(min(arrived, key=self._finished)[1])
+        ends = [each for each in arrived if self.ranked[each[1]][1].peer != self.target]
+        if not ends:
+            raise NoChain(self.part, self.origin, self.target)
+        return self._hops(min(ends, key=self._finished)[1])
 
-    def _entry(self, origin: int, index: int) -> float:
-        seconds = self.entries.get((origin, index))
+    def _entry(self, before: int, index: int) -> float:
+        """Return the shaken seconds to come there from a server; infinite from the same peer."""
+        seconds = self.entries.get((before, index))
         if seconds is None:
             factor, offer = self.ranked[index]
-            name = CLIENT if origin == _FROM_CLIENT else self.ranked[origin][1].peer
-            seconds = self.entries[origin, index] = factor * self.cost.entry_seconds(name, offer)
+            name = self.origin if before == _ORIGIN else self.ranked[before][1].peer
+            seconds = inf if name == offer.peer else factor * self.cost.entry_seconds(name, offer)
+            self.entries[before, index] = seconds
         return seconds
 
     def _finished(self, arrival: tuple[float, int]) -> tuple[float, int]:
         seconds, index = arrival
         factor, offer = self.ranked[index]
-        last = offer.head_seconds + self.cost.way_back_seconds(offer.peer)
+        last = self.cost.transit_seconds(offer.peer, self.target)
+        if self.part.stop == self.cost.work.blocks:
+            last += offer.head_seconds
         return seconds + factor * last, index
 
     def _hops(self, last: int) -> tuple[Hop, ...]:
-        """Walk back from the last server to the client."""
+        """Walk back from the last server to the origin."""
         hops: list[Hop] = []
-        stop, index = self.blocks, last
-        for block in reversed(range(self.blocks)):
-            origin = self.entered[block].get(index)
-            if origin is not None:
+        stop, index = self.part.stop, last
+        for block in reversed(self.part.blocks):
+            before = self.entered[block].get(index)
+            if before is not None:
                 hops.append(Hop(self.ranked[index][1].peer, Span(block, stop)))
-                stop, index = block, origin
+                stop, index = block, before
         return tuple(reversed(hops))

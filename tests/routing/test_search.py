@@ -7,22 +7,27 @@ from swarm_builders import decode_cost, offer, random_cost, random_swarm
 
 from routing.cost import CLIENT, CostModel
 from routing.offer import Offer
-from routing.route import NoRoute
-from routing.search import NEAR_TIE, fastest_route
+from routing.route import NoChain, NoRoute
+from routing.search import NEAR_TIE, cheapest_chain, fastest_route
 from routing.span import Span
 
 
 def every_chain(
-    offers: Sequence[Offer], blocks: int, cost: CostModel, block: int = 0, origin: str = CLIENT
+    offers: Sequence[Offer],
+    end: int,
+    cost: CostModel,
+    block: int = 0,
+    origin: str = CLIENT,
+    target: str = CLIENT,
 ) -> Iterator[float]:
     """The seconds of every chain whatever its cuts, found without any of the search's ideas."""
-    if block == blocks:
-        yield cost.way_back_seconds(origin)
+    if block == end and origin != target:
+        yield cost.transit_seconds(origin, target)
     for each in offers:
         if block in each.span and each.peer != origin:
-            for stop in range(block + 1, each.span.stop + 1):
+            for stop in range(block + 1, min(each.span.stop, end) + 1):
                 hop = cost.hop_seconds(origin, each, Span(block, stop))
-                for rest in every_chain(offers, blocks, cost, stop, each.peer):
+                for rest in every_chain(offers, end, cost, stop, each.peer, target):
                     yield hop + rest
 
 
@@ -56,6 +61,48 @@ def test_no_chain_of_all_chains_is_cheaper_over_thousands_of_swarms() -> None:
         assert route.seconds == pytest.approx(cheapest), seed
         assert all(before.peer != after.peer for before, after in pairwise(route.hops))
     assert whole > 1500
+
+
+def test_no_chain_for_a_part_is_cheaper_whatever_is_before_and_after_it() -> None:
+    found = 0
+    for seed in range(1500):
+        offers, blocks, cost = small_swarm(seed)
+        random = Random(seed)
+        names = [CLIENT, "elsewhere", *(each.peer for each in offers)]
+        origin, target = random.choice(names), random.choice(names)
+        start = random.randrange(blocks)
+        part = Span(start, random.randint(start + 1, blocks))
+        ends = (part.start, origin, target)
+        cheapest = min(every_chain(offers, part.stop, cost, *ends), default=None)
+        if cheapest is None:
+            with pytest.raises(NoChain):
+                cheapest_chain(offers, part, cost, origin=origin, target=target)
+            continue
+        found += 1
+        chain = cheapest_chain(offers, part, cost, origin=origin, target=target)
+        assert chain.seconds == pytest.approx(cheapest), seed
+        spans = [hop.span for hop in chain.hops]
+        assert (spans[0].start, spans[-1].stop) == (part.start, part.stop)
+        peers = [origin, *(hop.peer for hop in chain.hops), target]
+        assert all(before != after for before, after in pairwise(peers))
+    assert 700 < found < 1500
+
+
+def test_a_reluctant_peer_gives_way_to_one_that_is_nearly_as_cheap() -> None:
+    offers = [offer("a", "0:8", decode=0.01), offer("b", "0:8", decode=0.0102)]
+    part, cost = Span(0, 8), decode_cost(8)
+    for seed in (None, 0, 1, 2):
+        equal = [offers[0], offer("b", "0:8", decode=0.01)]
+        chain = cheapest_chain(equal, part, cost, seed=seed, reluctant={"a"})
+        assert chain.hops[0].peer == "b"
+    assert cheapest_chain(offers, part, cost, reluctant={"a"}).hops[0].peer == "b"
+    offers[1] = offer("b", "0:8", decode=0.012)
+    assert cheapest_chain(offers, part, cost, reluctant={"a"}).hops[0].peer == "a"
+
+
+def test_no_chain_says_between_whom() -> None:
+    with pytest.raises(NoChain, match="runs 2:4 between a and the client"):
+        cheapest_chain([offer("a", "0:4")], Span(2, 4), decode_cost(4), origin="a")
 
 
 def test_a_seeded_route_costs_at_most_a_near_tie_more_and_says_its_true_seconds() -> None:
