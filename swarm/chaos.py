@@ -42,6 +42,7 @@ from swarm.wire import Tensor
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+TOKEN_SECONDS = 60.0  # a session that has not recovered by then will hardly do so
 KNOWN_SECONDS = 60.0  # until a fresh server has come round to the client
 LOOK_SECONDS = 0.2
 LONGEST_TEXT = 200
@@ -146,7 +147,8 @@ async def say(
     """Generate greedily `length` tokens into `said`; return the margins of the best logits.
 
     End-of-sequence ids are tokens like others: the text is as long as asked. Raises what
-    `ClientSession.next_output` raises; what was said by then is in `said`.
+    `ClientSession.next_output` raises, and Unreachable if a token takes TOKEN_SECONDS; what was
+    said by then is in `said`.
     """
     ids = list(prompt)
     margins = []
@@ -158,9 +160,12 @@ async def say(
         began = trio.current_time()
         session.step(len(ids) - len(chunk), payload, "last", WISH)
         try:
-            output = await session.next_output()
+            with trio.move_on_after(TOKEN_SECONDS) as scope:
+                output = await session.next_output()
         finally:
             said.seconds.append(trio.current_time() - began)
+        if scope.cancelled_caught:
+            raise Unreachable(f"no token came for {TOKEN_SECONDS:g} seconds")
         (candidates,) = candidates_from(output.payload, WISH)
         ids.append(choose(candidates, GREEDY, len(ids), {}))
         said.tokens.append(ids[-1])
@@ -300,7 +305,8 @@ def rendered(report: dict[str, Any]) -> "RenderableType":
     lines = [
         f"{report['kills']} of {report['planned']} kills over {report['tokens']} tokens: {verdict}",
         f"{report['repairs']} repairs, {report['replayed_tokens']} tokens replayed; "
-        f"{report['usual_seconds'] * 1000:.1f} ms a token undisturbed; "
+        f"{report['usual_seconds'] * 1000:.1f} ms a token undisturbed",
+        f"{report['tokens_short_handed']} tokens said while a server was missing; "
         f"{report['waited_seconds']:.0f} of {report['seconds']:.0f} s spent on fresh servers",
         *(f"no {kind}: {reason}" for kind, reason in report["unavailable"].items()),
         *(f"error: {error}" for error in report["errors"]),

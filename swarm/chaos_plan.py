@@ -176,6 +176,14 @@ def gaps_of(said: Said, usual: float) -> list[float]:
     ]
 
 
+def short_handed(said: Said) -> int:
+    """Return how many tokens were said while a victim was not yet replaced: the swarm is made whole
+    before the token that comes before a blow.
+    """
+    starts = [blow.position for blow, _ in said.struck] + [len(said.tokens) + 1]
+    return sum(max(0, stop - 1 - start) for start, stop in pairwise(starts))
+
+
 def report_of(plan: Plan, texts: Sequence[Said]) -> dict[str, Any]:
     """Return what came of the run; seconds as they are, `kinds` with the same figures for each.
 
@@ -197,6 +205,7 @@ def report_of(plan: Plan, texts: Sequence[Said]) -> dict[str, Any]:
         "holds": total["lost"] == total["different"] == 0 and total["kills"] == len(plan.blows),
         "repairs": sum(said.repairs for said in texts),
         "replayed_tokens": sum(said.replayed_tokens for said in texts),
+        "tokens_short_handed": sum(short_handed(said) for said in texts),
         "usual_seconds": usual,
         "errors": [said.error for said in texts if said.error],
         "kinds": {kind: kinds[kind] for kind in KINDS if kind in kinds},

@@ -16,10 +16,11 @@ from random import Random
 import trio
 
 from routing.cost import CLIENT, CostModel, MeasuredLinks, Work
+from routing.repair import Repair, repair
 from routing.route import NoRoute as Gap
 from routing.route import Route
 from routing.search import fastest_route
-from swarm.client_session import ClientSession, open_session
+from swarm.client_session import Broken, ClientSession, open_session
 from swarm.errors import NoRoute, PeerFault, Refusal, SwarmError, Unreachable
 from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
 from swarm.gossip import fetch_view
@@ -27,13 +28,16 @@ from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip
+from swarm.pulse import Pulse
 from swarm.record import PeerRecord
+from swarm.tasks import open_tasks
 from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
 
 log = logging.getLogger(__name__)
 
 VIEW_SECONDS = 5.0
+REFRESH_SECONDS = 5.0  # a newcomer may take over this soon; a record lives for some 35
 FILES_SECONDS = 60.0
 PROBE_SECONDS = 1.0
 MOST_PROBED = 16
@@ -57,7 +61,16 @@ class Model:
 class Client:
     """A peer of one swarm that serves nothing. Made by `open_client`."""
 
-    def __init__(self, host: Host, identity: Identity, table: PeerTable, model: Model) -> None:
+    def __init__(
+        self,
+        host: Host,
+        identity: Identity,
+        table: PeerTable,
+        model: Model,
+        pulse: Pulse | None = None,
+    ) -> None:
+        """`pulse` tells of hops that fall silent; its owner runs it."""
+        self._pulse = pulse
         self.host = host
         self.model = model
         self.table = table
@@ -73,6 +86,8 @@ class Client:
             self.host,
             self._identity,
             self.find_route,
+            repair_route=self.repair_route,
+            pulse=self._pulse,
             fingerprint=self.model.fingerprint,
             max_tokens=max_tokens,
             wall_clock=time.time,
@@ -90,26 +105,56 @@ class Client:
             await self.refresh()  # somebody may have come meanwhile
             return self._best_route(avoid, needed_tokens)
 
+    async def repair_route(self, broken: Broken, needed_tokens: int) -> Repair:
+        """Return the route with its lost hops replaced. NoRoute if some blocks have no server.
+
+        The records at hand decide: reading them again would make the user wait. Only if they hold
+        no answer are they read.
+        """
+        try:
+            return self._repaired(broken, needed_tokens)
+        except NoRoute:
+            await self.refresh()
+            return self._repaired(broken, needed_tokens)
+
+    def _repaired(self, broken: Broken, needed_tokens: int) -> Repair:
+        try:
+            return repair(
+                broken.hops,
+                broken.troubles,
+                self.table.offers(trio.current_time()),
+                self.model.card.blocks,
+                self._cost(),
+                retried=broken.retried,
+                suspects=broken.suspects,
+                needed_tokens=needed_tokens,
+                seed=self._seed,
+            )
+        except Gap as gap:
+            raise no_route(gap) from gap
+
     def _best_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
-        blocks = self.model.card.blocks
-        work = Work(
-            blocks=blocks,
-            tokens=1,
-            bytes_per_token=self.model.card.hidden_size * WIRE_BYTES_PER_VALUE,
-            is_prefill=False,
-        )
-        measured = {(CLIENT, peer): seconds for peer, seconds in self.round_trips.items()}
         try:
             return fastest_route(
                 self.table.offers(trio.current_time()),
-                blocks,
-                CostModel(MeasuredLinks(measured, UNMEASURED_SECONDS), work),
+                self.model.card.blocks,
+                self._cost(),
                 seed=self._seed,
                 needed_tokens=needed_tokens,
                 avoid=avoid,
             )
         except Gap as gap:
             raise no_route(gap) from gap
+
+    def _cost(self) -> CostModel:
+        work = Work(
+            blocks=self.model.card.blocks,
+            tokens=1,
+            bytes_per_token=self.model.card.hidden_size * WIRE_BYTES_PER_VALUE,
+            is_prefill=False,
+        )
+        measured = {(CLIENT, peer): seconds for peer, seconds in self.round_trips.items()}
+        return CostModel(MeasuredLinks(measured, UNMEASURED_SECONDS), work)
 
     def records(self) -> tuple[PeerRecord, ...]:
         """The servers known now."""
@@ -131,6 +176,13 @@ class Client:
         await read_tables(self.host, self.table)
         for record in self.records():
             self.host.learn(record.peer, record.addresses)
+
+    async def keep_records(self) -> None:
+        """Read the records again and again, so that a repair has fresh ones at hand."""
+        while True:
+            await trio.sleep(REFRESH_SECONDS)
+            self.table.expire(trio.current_time())
+            await self.refresh()
 
     async def measure(self) -> None:
         """Measure the round trip to each server, or to a sample of many; never raises."""
@@ -170,9 +222,13 @@ async def open_client(
     for record in records:
         host.learn(record.peer, record.addresses)
     model = await fetch_model(host, records, cache)
-    client = Client(host, identity, table, model)
-    await client.measure()
-    yield client
+    pulse = Pulse(host)
+    async with open_tasks() as nursery:
+        nursery.start_soon(pulse.run)
+        client = Client(host, identity, table, model, pulse)
+        await client.measure()
+        nursery.start_soon(client.keep_records)
+        yield client
 
 
 async def enter(host: Host, invite: Invite, *, within: float = 10.0) -> None:

@@ -17,13 +17,16 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
-from routing.route import Route
+from routing import repair
+from routing.route import Hop, Route
+from routing.span import Span
 from swarm.chain import Dial, Payload, Send, Shut
 from swarm.errors import NoRoute, Refusal, SwarmError, Unreachable
 from swarm.identity import Identity
 from swarm.links import Links
-from swarm.messages import AnyMessage, FaultKind, Open, Output, Wanted, Wish
+from swarm.messages import AnyMessage, FaultKind, HopName, Open, Output, Wanted, Wish
 from swarm.probe import measure_round_trip
+from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
 from swarm.tasks import open_tasks
 from swarm.transport import Host
@@ -36,11 +39,26 @@ CLOSE_SECONDS = 2.0
 SUSPICION_SECONDS = 60.0
 # A session that fails this often without a single output in between is not worth another try.
 MOST_REPAIRS = 16
+MOST_MENDS = 6  # without an output in between; then a fresh route is the surer way
 MOST_REST_SECONDS = 2.0  # before the only server of a block is tried again
 MOST_TROUBLES = 64  # a hop may complain without end
 
 FindRoute = Callable[[frozenset[str], int], Awaitable[Route]]
 """Finds a route avoiding these peers, with room for so many tokens. NoRoute of `swarm.errors`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broken:
+    """A route in trouble, as `routing.repair` sees it. `suspects`: oldest first."""
+
+    hops: tuple[Hop, ...]
+    troubles: tuple[repair.Trouble, ...]
+    retried: repair.Retried
+    suspects: tuple[str, ...]
+
+
+RepairRoute = Callable[[Broken, int], Awaitable[repair.Repair]]
+"""Replaces lost hops, with room for so many tokens. NoRoute of `swarm.errors`."""
 
 
 @dataclass(slots=True)
@@ -71,6 +89,8 @@ class ClientSession:
         find_route: FindRoute,
         nursery: trio.Nursery,
         *,
+        repair_route: RepairRoute | None,
+        pulse: Pulse | None,
         fingerprint: str,
         max_tokens: int,
         wall_clock: Callable[[], float],
@@ -83,7 +103,8 @@ class ClientSession:
         self._find_route = find_route
         self._wall_clock = wall_clock
         self._route_seconds = route_seconds
-        self._links = Links(host, nursery, self)
+        self._repair_route = repair_route
+        self._links = Links(host, nursery, self, pulse)
         self._session = Session(
             session=os.urandom(16),
             client=identity.peer,
@@ -97,6 +118,7 @@ class ClientSession:
         self._outputs: deque[Output] = deque()
         self._news = trio.Event()
         self._positions = 0
+        self._retried: repair.Retried = frozenset()
         self._repairs = 0
         self._deadline = float("inf")  # of finding a route, since the last output
 
@@ -140,6 +162,7 @@ class ClientSession:
                 if trio.current_time() > deadline:
                     raise Unreachable(f"no answer came for {ANSWER_SECONDS:g} seconds")
         self._repairs = 0
+        self._retried = frozenset()
         return self._outputs.popleft()
 
     def close(self) -> None:
@@ -173,7 +196,7 @@ class ClientSession:
                     self._news.set()
 
     async def _repair(self) -> None:
-        """Act on all troubles at once: a fresh route without the accused, the log replayed."""
+        """Act on all troubles at once: repair the route in place or, in doubt, take a fresh one."""
         now = trio.current_time()
         if self._repairs == 0:
             self._deadline = now + self._route_seconds
@@ -185,13 +208,42 @@ class ClientSession:
             raise _refusal(last)
         if self._repairs > MOST_REPAIRS:
             raise Unreachable(f"the route failed {MOST_REPAIRS} times in a row: {last.message}")
+        self.journal.failovers += 1
+        if await self._mend(troubles, now):
+            return
         for trouble in troubles:
             if trouble.peer:
                 self._suspect(trouble, now)
-        self.journal.failovers += 1
         self.journal.replayed_tokens += self._positions
         await self._take_route(last)
         self._troubles.clear()  # they were of the route just left
+
+    async def _mend(self, troubles: Sequence[Trouble], now: float) -> bool:
+        """Replace the lost hops only. False where that is in doubt, or finds no server."""
+        in_doubt = any(trouble.failure == "broke_word" for trouble in troubles)
+        if self._repair_route is None or in_doubt or self._repairs > MOST_MENDS:
+            return False
+        route = self._session.route
+        broken = Broken(
+            hops=tuple(Hop(hop.peer, Span.parse(hop.span)) for hop in route),
+            troubles=tuple(seen for trouble in troubles for seen in _as_routing(trouble)),
+            retried=self._retried,
+            suspects=tuple(self._suspects),
+        )
+        try:
+            mended = await self._repair_route(broken, self.max_tokens)
+        except NoRoute:
+            return False
+        self._retried = mended.retried
+        for trouble in troubles:
+            if trouble.peer in mended.blamed or trouble.failure in ("refused", "draining"):
+                self._suspect(trouble, now)
+        if any(hop.mode == "new" for hop in mended.hops):
+            self.journal.replayed_tokens += self._positions
+        hops = [HopName(hop.peer, str(hop.span), hop.mode) for hop in mended.hops]
+        is_forgotten = any(trouble.failure == "forgotten" for trouble in troubles)
+        self._carry_out(self._session.reroute(hops, attach=is_forgotten))
+        return True
 
     def _suspect(self, trouble: Trouble, now: float) -> None:
         # The first time a false accusation is likelier than a peer that needs a rest.
@@ -260,6 +312,8 @@ async def open_session(
     identity: Identity,
     find_route: FindRoute,
     *,
+    repair_route: RepairRoute | None = None,
+    pulse: Pulse | None = None,
     fingerprint: str,
     max_tokens: int,
     wall_clock: Callable[[], float] = time.time,
@@ -267,7 +321,9 @@ async def open_session(
 ) -> AsyncIterator[ClientSession]:
     """Open a session for at most `max_tokens` positions; close it on the way out.
 
-    Raises NoRoute if no route is found within `route_seconds`, now or at a repair.
+    With `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
+    `pulse` tells of hops that fall silent. Raises NoRoute if no route is found within
+    `route_seconds`, now or at a repair.
     """
     async with open_tasks() as nursery:
         session = ClientSession(
@@ -275,6 +331,8 @@ async def open_session(
             identity,
             find_route,
             nursery,
+            repair_route=repair_route,
+            pulse=pulse,
             fingerprint=fingerprint,
             max_tokens=max_tokens,
             wall_clock=wall_clock,
@@ -295,3 +353,18 @@ def _refusal(trouble: Trouble) -> Refusal:
         next_step="try again soon",
         retry_seconds=trouble.retry_seconds,
     )
+
+
+def _as_routing(trouble: Trouble) -> list[repair.Trouble]:
+    """The trouble in routing's words; none for a downlink that was only forgotten."""
+    kind: repair.Kind
+    match trouble.failure:
+        case "forgotten":
+            return []
+        case "closed":
+            kind = "downlink" if trouble.is_downlink else "link"
+        case "refused" | "draining":
+            kind = "refused"
+        case "silent" | "unreachable" | "failed" | "broke_word":
+            kind = trouble.failure
+    return [repair.Trouble(trouble.peer, Span.parse(trouble.span), kind)]

@@ -9,7 +9,8 @@
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Protocol
 
@@ -18,9 +19,10 @@ import trio
 from swarm.chain import Dial, Send, Shut
 from swarm.errors import PeerFault, SwarmError, Unreachable
 from swarm.messages import CHAIN_PROTOCOL, AnyMessage, FaultKind, Message
+from swarm.pulse import Pulse
 from swarm.transport import Host, MessageStream
 
-OPEN_SECONDS = 10.0
+OPEN_SECONDS = 5.0
 WRITE_SECONDS = 20.0
 # Credit bounds the data; this bounds the messages around it.
 MOST_UNWRITTEN = 8192
@@ -45,6 +47,7 @@ class _Link:
         self.unwritten: deque[Message] = deque()
         self.is_shut = False
         self.is_overfull = False
+        self.is_silent = False
         self.scope = trio.CancelScope()
         self._mail = trio.Event()
 
@@ -59,6 +62,10 @@ class _Link:
     def shut(self) -> None:
         self.is_shut = True
         self._mail.set()
+
+    def fall_silent(self, _peer: str) -> None:
+        self.is_silent = True
+        self.scope.cancel()
 
     async def write(self, stream: MessageStream) -> None:
         """Write what is pushed until the link is shut; then cancel the reader."""
@@ -75,8 +82,12 @@ class _Link:
 class Links:
     """All chain streams of one peer, by number."""
 
-    def __init__(self, host: Host, nursery: trio.Nursery, listener: Listener) -> None:
+    def __init__(
+        self, host: Host, nursery: trio.Nursery, listener: Listener, pulse: Pulse | None = None
+    ) -> None:
+        """`pulse` tells of peers that fall silent; without it only their streams' ends are seen."""
         self._host = host
+        self._pulse = pulse
         self._nursery = nursery
         self._listener = listener
         self._numbers = count(1)
@@ -137,8 +148,10 @@ class Links:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(link.write, stream)
-                with link.scope:
+                with self._watched(link, stream.peer), link.scope:
                     await self._read(link, stream)
+                if link.is_silent:
+                    raise _Silent(f"{stream.peer} fell silent")
                 if link.is_overfull:
                     raise Unreachable(f"{stream.peer} left {MOST_UNWRITTEN} messages untaken")
         except* SwarmError as group:
@@ -147,9 +160,23 @@ class Links:
         finally:  # also when this task is cancelled: a stream that nobody reads has ended
             self._report(link, failure, message)
 
+    @contextmanager
+    def _watched(self, link: _Link, peer: str) -> Iterator[None]:
+        """Have the pulse tell the link if its peer falls silent."""
+        if self._pulse is None:
+            yield
+            return
+        watch = self._pulse.watch(peer, link.fall_silent)
+        try:
+            yield
+        finally:
+            watch.release()
+
     async def _read(self, link: _Link, stream: MessageStream) -> None:
         while True:
             message = await stream.receive()
+            if self._pulse is not None:
+                self._pulse.heard(stream.peer)
             if not link.is_shut:
                 self._listener.received(link.number, message)
 
@@ -161,6 +188,10 @@ class Links:
         if not link.is_shut:
             link.is_shut = True
             self._listener.ended(link.number, failure, message)
+
+
+class _Silent(SwarmError):
+    """The pulse says that the peer is silent."""
 
 
 class _TooLarge(SwarmError):
@@ -183,6 +214,8 @@ def _failure_of(error: SwarmError) -> FaultKind:
             return "broke_word"
         case _TooLarge():
             return "failed"
+        case _Silent():
+            return "silent"
     return "closed"
 
 

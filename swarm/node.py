@@ -23,6 +23,7 @@ from swarm.invite import swarm_id_of
 from swarm.model import Description
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
+from swarm.pulse import Pulse
 from swarm.record import PeerRecord
 from swarm.server import Room, Server
 from swarm.tasks import open_tasks
@@ -72,6 +73,8 @@ class Node:
         self._nursery = nursery
         self._name = name
         self._holding: Holding | None = None
+        self._pulse = Pulse(host)
+        nursery.start_soon(self._pulse.run)
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +97,7 @@ class Node:
             cache_tokens=holding.cache_tokens,
         )
         self._holding = holding
-        self.server = Server(self.host, holding.executor, room)
+        self.server = Server(self.host, holding.executor, room, pulse=self._pulse)
         is_serving = trio.Event()
         self._nursery.start_soon(self.server.run, is_serving)
         await is_serving.wait()
@@ -133,11 +136,11 @@ class Node:
         )
 
     async def drain(self, within: float) -> None:
-        """Take no new sessions, wait for those that run, say goodbye. Never raises."""
+        """Hand the sessions over, take no new ones, say goodbye. Never raises."""
         server = self.server
         if server is None:
             return
-        server.is_draining = True
+        server.drain()
         await self.gossip.announce(self.record())
         with trio.move_on_after(within):
             await server.wait_idle()

@@ -205,7 +205,10 @@ async def _ready_line(process: trio.Process, log: Path) -> Mapping[str, Any]:
             if not data:
                 break
             said += data
-    facts: Any = json.loads(said or b"{}")
+    try:
+        facts: Any = json.loads(said)
+    except ValueError:
+        facts = {}
     if not facts.get("ready"):
         raise SwarmError(f"a server did not start: {said!r}, {_last_line(log)}")
     return dict(facts)

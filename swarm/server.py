@@ -32,6 +32,7 @@ from swarm.messages import (
     Refused,
     payload_bytes,
 )
+from swarm.pulse import Pulse
 from swarm.transport import Host, MessageStream, Stream
 from swarm.wire import DEFAULT_LIMITS
 from swarm.worker import Executor, Worker, payload_of
@@ -71,13 +72,16 @@ class Server:
         executor: Executor,
         room: Room,
         *,
+        pulse: Pulse | None = None,
         wall_clock: Callable[[], float] = time.time,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
+        """`pulse` tells of neighbours that fall silent; its owner runs it."""
         self.room = room
         self.is_draining = False
         self._is_ending = False
         self._host = host
+        self._pulse = pulse
         self._wall_clock = wall_clock
         self._grace_seconds = grace_seconds
         self._worker = Worker(executor, self._done)
@@ -99,6 +103,11 @@ class Server:
         """True when nothing of any session is left here, no stream and no timer."""
         return self._legs.free_of_sessions and not len(self._links)
 
+    def drain(self) -> None:
+        """Take no new sessions, and ask the clients of those that run to go elsewhere."""
+        self.is_draining = True
+        self._carry_out(self._legs.drain())
+
     async def wait_idle(self) -> None:
         """Return when no session has a stream here."""
         await self._links.wait_empty()
@@ -107,7 +116,7 @@ class Server:
         """Serve until cancelled; set the event as soon as sessions can come."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._links = Links(self._host, nursery, self)
+            self._links = Links(self._host, nursery, self, self._pulse)
             self._legs = Legs(self._admit, self._links.new_number)
             nursery.start_soon(self._worker.run)
             self._host.serve(CHAIN_PROTOCOL, self._handle)

@@ -23,6 +23,7 @@ from swarm.chaos_plan import (
     percentile,
     plan_of,
     report_of,
+    short_handed,
 )
 from swarm.errors import BadInput
 
@@ -123,6 +124,13 @@ def test_a_gap_is_the_longest_wait_up_to_the_next_blow_less_the_usual_time() -> 
     said = Said(undisturbed(*range(8)), list(range(8)), [0.9, 0.01, 0.3, 0.2, 0.01, 0.7, 0.01, 0.6])
     said.struck = [(blow(1), "0:2"), (blow(4), "2:5")]
     assert gaps_of(said, 0.01) == pytest.approx([0.29, 0.69])
+
+
+def test_tokens_count_as_short_handed_from_a_blow_until_the_swarm_is_whole_again() -> None:
+    said = Said(undisturbed(*range(9)), list(range(9)), [0.01] * 9)
+    assert short_handed(said) == 0
+    said.struck = [(blow(1), "0:2"), (blow(5), "2:5")]
+    assert short_handed(said) == 3 + 4  # tokens 1 to 3; 5 to 8, the last
 
 
 def test_a_blow_that_nobody_felt_has_no_gap() -> None:
