@@ -61,7 +61,8 @@ for line in sys.stdin:
         def put(self, value): stamps.append(time.perf_counter())
         def end(self): pass
     options = dict(do_sample=False, max_new_tokens=asked["tokens"], eos_token_id=None)
-    out = model.generate(ids, streamer=Clock(), **options)
+    # without a mask `generate` guesses one, and takes the first token for padding
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Clock(), **options)
     made = out[0].tolist()[len(asked["ids"]):]
     # the streamer's first call is the prompt, the second the first token
     seconds = (stamps[-1] - stamps[1]) / (len(made) - 1)

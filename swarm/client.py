@@ -15,7 +15,7 @@ from random import Random
 
 import trio
 
-from routing.cost import CLIENT, CostModel, MeasuredLinks, Work
+from routing.cost import CostModel, Work
 from routing.repair import Repair, repair
 from routing.route import NoRoute as Gap
 from routing.route import Route
@@ -33,6 +33,7 @@ from swarm.record import PeerRecord
 from swarm.tasks import open_tasks
 from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
+from swarm.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ DIAL_SECONDS = 5.0
 # For servers nobody measured: an ocean's width, so that measured neighbours are preferred.
 UNMEASURED_SECONDS = 0.15
 WIRE_BYTES_PER_VALUE = 4
+SETTLING_PULLS = 8  # of each measured peer: a client is here too briefly to settle slowly
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +76,9 @@ class Client:
         self.host = host
         self.model = model
         self.table = table
-        self.round_trips: dict[str, float] = {}
         self._identity = identity
         self._seed = Random().getrandbits(32)
+        self.whereabouts = Whereabouts(self._seed)
 
     def session(
         self, max_tokens: int, *, route_seconds: float = 30.0
@@ -153,8 +155,9 @@ class Client:
             bytes_per_token=self.model.card.hidden_size * WIRE_BYTES_PER_VALUE,
             is_prefill=False,
         )
-        measured = {(CLIENT, peer): seconds for peer, seconds in self.round_trips.items()}
-        return CostModel(MeasuredLinks(measured, UNMEASURED_SECONDS), work)
+        told = {record.peer: record.coordinate for record in self.records()}
+        places = {peer: place for peer, place in told.items() if place is not None}
+        return CostModel(self.whereabouts.links(places, UNMEASURED_SECONDS), work)
 
     def records(self) -> tuple[PeerRecord, ...]:
         """The servers known now."""
@@ -194,11 +197,15 @@ class Client:
                 nursery.start_soon(self._measure, peer)
 
     async def _measure(self, peer: str) -> None:
+        record = self.record_of(peer)
+        place = record.coordinate if record else None
         try:
-            self.round_trips[peer] = await measure_round_trip(self.host, peer, within=PROBE_SECONDS)
+            seconds = await measure_round_trip(self.host, peer, within=PROBE_SECONDS)
         except SwarmError as error:
-            self.round_trips[peer] = PROBE_SECONDS
             log.debug("%s was not measured: %s", peer, error.message)
+            self.whereabouts.note(peer, PROBE_SECONDS, None)
+        else:
+            self.whereabouts.note(peer, seconds, place, times=SETTLING_PULLS)
 
 
 @asynccontextmanager

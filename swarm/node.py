@@ -24,10 +24,11 @@ from swarm.model import Description
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
 from swarm.pulse import Pulse
-from swarm.record import PeerRecord
+from swarm.record import PeerRecord, place_of
 from swarm.server import Room, Server
 from swarm.tasks import open_tasks
 from swarm.transport import Host
+from swarm.whereabouts import Whereabouts
 from swarm.worker import Executor
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Node:
         self.host = host
         self.gossip = gossip
         self.server: Server | None = None
-        self.round_trips: dict[str, float] = {}
+        self.whereabouts = Whereabouts(Random(host.peer).getrandbits(32))
         self._identity = identity
         self._description = description
         self._nursery = nursery
@@ -131,6 +132,7 @@ class Node:
             free_tokens=server.free_tokens,
             dtype=holding.dtype,
             device=holding.device,
+            place=place_of(self.whereabouts.coordinate),
             name=self._name,
             version=__version__,
         )
@@ -160,9 +162,7 @@ class Node:
     async def _measure_links(self) -> None:
         while True:
             links = self.host.links()
-            self.round_trips = {
-                peer: seconds for peer, seconds in self.round_trips.items() if peer in links
-            }
+            self.whereabouts.keep_only(links)
             async with trio.open_nursery() as nursery:
                 for peer in links:
                     nursery.start_soon(self._measure, peer)
@@ -174,7 +174,8 @@ class Node:
         except SwarmError as error:
             log.debug("%s was not measured: %s", peer, error.message)
         else:
-            self.round_trips[peer] = seconds
+            record = self.gossip.table.record_of(peer)
+            self.whereabouts.note(peer, seconds, record.coordinate if record else None)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from routing.coordinates import Coordinate
 from routing.offer import Offer
 from routing.span import Span
 from swarm.errors import PeerFault
@@ -56,6 +57,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Line = "none"
     device: Line = "cpu"
     adapters: Annotated[tuple[Line, ...], msgspec.Meta(max_length=16)] = ()
+    # the network coordinate: four axes, height, error; empty if unknown
+    place: Annotated[tuple[float, ...], msgspec.Meta(max_length=6)] = ()
     name: Line = ""
     version: Line = ""  # of the program
     protocol: Count = PROTOCOL_VERSION
@@ -70,6 +73,15 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
         if not all(text.isprintable() for text in self._texts()):
             raise ValueError("a text that cannot be printed on one line")
         offer_of(self)
+        _ = self.coordinate
+
+    @property
+    def coordinate(self) -> Coordinate | None:
+        """Where it says it is; None if it does not."""
+        if not self.place:
+            return None
+        *vector, height, error = self.place
+        return Coordinate(tuple(vector), height, error)
 
     @property
     def held(self) -> Span:
@@ -126,6 +138,12 @@ def claimed_record(signed: bytes) -> PeerRecord:
     PeerFault if it is malformed or oversized.
     """
     return _parse(signed)[2]
+
+
+def place_of(coordinate: Coordinate) -> tuple[float, ...]:
+    """Return the coordinate as a record carries it, to 10 microseconds."""
+    figures = (*coordinate.vector, coordinate.height, coordinate.error)
+    return tuple(round(figure, 5) for figure in figures)
 
 
 def tombstone_of(record: PeerRecord) -> PeerRecord:

@@ -124,7 +124,7 @@ def _answers(node: Node, secret: bytes, stop: trio.Event) -> Answer:
     async def answer(question: str) -> Mapping[str, Any]:
         match question:
             case "status":
-                return status_of(node.records(), node.round_trips, node.host.peer)
+                return status_of(node.records(), node.whereabouts.round_trips, node.host.peer)
             case "invite":
                 return {"join": encode_invite(invite_of(node, secret))}
             case "drain":

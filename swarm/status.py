@@ -151,4 +151,4 @@ async def _joined_status(invite: "Invite") -> dict[str, Any]:
     from swarm.prompt import open_joined
 
     async with open_joined(invite) as client:
-        return status_of(client.records(), client.round_trips)
+        return status_of(client.records(), client.whereabouts.round_trips)
