@@ -10,7 +10,6 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,6 +96,14 @@ def serve(
             help="Tell others this multiaddr too, like /ip4/203.0.113.5/tcp/4001.",
         ),
     ] = None,
+    only_announced: Annotated[
+        bool,
+        typer.Option(
+            "--only-announced",
+            envvar="SWARM_ONLY_ANNOUNCED",
+            help="Tell others the addresses of --announce alone.",
+        ),
+    ] = False,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -133,6 +140,7 @@ def serve(
             listen=host,
             port=port,
             announce=tuple(announce or ()),
+            is_only_announced=only_announced,
             identity=identity,
             name=checked.parse_name(name),
             threads=threads,
@@ -213,7 +221,7 @@ def generate(
     Without --join, the swarm of your running daemon is asked. If none runs,
     a private swarm of three peers runs the demo model in this process.
     """
-    from swarm.console import Console, readable_errors
+    from swarm.console import Console, print_answer, printer, readable_errors
 
     with readable_errors(is_json=as_json or stream_json):
         from swarm.prompt import PromptSettings
@@ -233,8 +241,8 @@ def generate(
         from swarm.prompt import run_prompt
 
         with Console() as console:
-            made = trio.run(run_prompt, settings, join, console, _printer(as_json, stream_json))
-        _print_answer(made, as_json or stream_json)
+            made = trio.run(run_prompt, settings, join, console, printer(as_json, stream_json))
+        print_answer(made, as_json or stream_json)
 
 
 @app.command()
@@ -294,23 +302,53 @@ def _stdin_text() -> str:
     return text
 
 
-def _printer(as_json: bool, stream_json: bool) -> Callable[[int | None, str], None]:
-    """What to do with each token and its text."""
-
-    def show(token: int | None, text: str) -> None:
-        if stream_json:
-            print(json.dumps({"token": token, "text": text}), flush=True)
-        elif not as_json:
-            print(text, end="", flush=True)
-
-    return show
+bench = typer.Typer(no_args_is_help=True, help="Measure and break swarms of one's own.")
+app.add_typer(bench, name="bench")
 
 
-def _print_answer(made: dict[str, Any], is_json: bool) -> None:
-    if is_json:
-        print(json.dumps(made), flush=True)
-    else:
-        print(flush=True)
+@bench.command()
+def chaos(
+    kills: Annotated[
+        int, typer.Option(envvar="SWARM_KILLS", min=1, help="How many blows to deal.")
+    ] = 100,
+    tokens: Annotated[
+        int, typer.Option(envvar="SWARM_BENCH_TOKENS", min=1, help="Over at least so many tokens.")
+    ] = 2000,
+    seed: Annotated[
+        int, typer.Option(envvar="SWARM_SEED", help="The same seed, the same blows.")
+    ] = 0,
+    replicas: Annotated[
+        int, typer.Option(envvar="SWARM_REPLICAS", help="Servers of each span, 2 or more.")
+    ] = 2,
+    kinds: Annotated[
+        str, typer.Option(envvar="SWARM_KINDS", help="Some of close, kill, stop and cut.")
+    ] = "close,kill,stop,cut",
+    as_json: Json = False,
+) -> None:
+    """Hurt the servers of a swarm on loopback while it speaks, and compare every token.
+
+    Exit code 1 if a token was lost or changed.
+    """
+    from swarm.console import Console, readable_errors
+
+    with readable_errors(is_json=as_json):
+        import trio
+
+        from swarm.chaos import rendered, run_chaos
+        from swarm.chaos_plan import ChaosSettings, parse_kinds
+
+        settings = ChaosSettings(
+            kills=kills, tokens=tokens, seed=seed, replicas=replicas, kinds=parse_kinds(kinds)
+        )
+        report = trio.run(run_chaos, settings, Console())
+        if as_json:
+            print(json.dumps(report), flush=True)
+        else:
+            from rich.console import Console as Terminal
+
+            Terminal(highlight=False).print(rendered(report))
+        if not report["holds"]:
+            sys.exit(1)
 
 
 def _print_map(found: dict[str, Any], *, is_cleared: bool) -> None:

@@ -30,6 +30,7 @@ from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
 from swarm.record import PeerRecord
+from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
 from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
@@ -38,6 +39,7 @@ from swarm.whereabouts import Whereabouts
 log = logging.getLogger(__name__)
 
 VIEW_SECONDS = 5.0
+LAGGARD_SECONDS = 0.3
 REFRESH_SECONDS = 5.0  # a newcomer may take over this soon; a record lives for some 35
 FILES_SECONDS = 60.0
 PROBE_SECONDS = 1.0
@@ -73,6 +75,7 @@ class Client:
     ) -> None:
         """`pulse` tells of hops that fall silent; its owner runs it."""
         self._pulse = pulse
+        self._suspects = Suspects()
         self.host = host
         self.model = model
         self.table = table
@@ -90,6 +93,7 @@ class Client:
             self.find_route,
             repair_route=self.repair_route,
             pulse=self._pulse,
+            suspects=self._suspects,
             fingerprint=self.model.fingerprint,
             max_tokens=max_tokens,
             wall_clock=time.time,
@@ -176,7 +180,12 @@ class Client:
             known = sorted(record.peer for record in self.records())
             chosen = Random(self._seed).sample(known, min(len(known), MOST_DIALLED))
             await _dial_any(self.host, chosen, within=DIAL_SECONDS)
+        before = {record.peer: record.sequence for record in self.records()}
         await read_tables(self.host, self.table)
+        now = trio.current_time()
+        for record in self.records():
+            if record.sequence > before.get(record.peer, 0):
+                self._suspects.heard_of(record.peer, now)
         for record in self.records():
             self.host.learn(record.peer, record.addresses)
 
@@ -274,24 +283,34 @@ async def _dial_any(host: Host, peers: Sequence[str], *, within: float) -> list[
 
 
 async def read_tables(host: Host, table: PeerTable) -> None:
-    """Read the table of every linked peer, at the same time."""
+    """Read the table of every linked peer, at the same time.
+
+    Once one has answered, the others have LAGGARD_SECONDS: who is silent must not hold up a repair.
+    """
+
+    async def take(peer: str, scope: trio.CancelScope) -> None:
+        if await _take_view(host, peer, table):
+            scope.deadline = min(scope.deadline, trio.current_time() + LAGGARD_SECONDS)
+
     async with trio.open_nursery() as nursery:
         for peer in sorted(host.links()):
-            nursery.start_soon(_take_view, host, peer, table)
+            nursery.start_soon(take, peer, nursery.cancel_scope)
 
 
-async def _take_view(host: Host, peer: str, table: PeerTable) -> None:
+async def _take_view(host: Host, peer: str, table: PeerTable) -> bool:
+    """Read one peer's table. False if it gave none."""
     try:
         view = await fetch_view(host, peer, VIEW_SECONDS)
     except SwarmError as error:
         log.debug("%s gave no table: %s", peer, error.message)
-        return
+        return False
     for signed, age in view:
         try:
             table.add(signed, trio.current_time(), age)
         except PeerFault as fault:
             log.debug("%s gave a damaged record: %s", peer, fault.message)
         await trio.lowlevel.checkpoint()  # a signature takes 0.1 ms, a table may hold thousands
+    return True
 
 
 async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:

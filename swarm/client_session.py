@@ -28,6 +28,7 @@ from swarm.messages import AnyMessage, FaultKind, HopName, Open, Output, Wanted,
 from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
+from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
 from swarm.transport import Host
 
@@ -36,7 +37,6 @@ SILENCE_SECONDS = 5.0
 ANSWER_SECONDS = 600.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
-SUSPICION_SECONDS = 60.0
 # A session that fails this often without a single output in between is not worth another try.
 MOST_REPAIRS = 16
 MOST_MENDS = 6  # without an output in between; then a fresh route is the surer way
@@ -71,14 +71,6 @@ class Journal:
     troubles: list[Trouble] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Suspicion:
-    """Since when a peer is avoided, and until when it is not to be asked in any case."""
-
-    since: float
-    until: float
-
-
 class ClientSession:
     """One conversation over a route that is repaired when it fails. Made by `open_session`."""
 
@@ -91,6 +83,7 @@ class ClientSession:
         *,
         repair_route: RepairRoute | None,
         pulse: Pulse | None,
+        suspects: Suspects,
         fingerprint: str,
         max_tokens: int,
         wall_clock: Callable[[], float],
@@ -113,7 +106,7 @@ class ClientSession:
             sign=self._sign,
             new_link=self._links.new_number,
         )
-        self._suspects: dict[str, _Suspicion] = {}  # oldest first
+        self._suspects = suspects
         self._troubles: list[Trouble] = []
         self._outputs: deque[Output] = deque()
         self._news = trio.Event()
@@ -228,7 +221,7 @@ class ClientSession:
             hops=tuple(Hop(hop.peer, Span.parse(hop.span)) for hop in route),
             troubles=tuple(seen for trouble in troubles for seen in _as_routing(trouble)),
             retried=self._retried,
-            suspects=tuple(self._suspects),
+            suspects=self._suspects.at(now),
         )
         try:
             mended = await self._repair_route(broken, self.max_tokens)
@@ -249,9 +242,7 @@ class ClientSession:
         # The first time a false accusation is likelier than a peer that needs a rest.
         rest = min(RETRY_SECONDS * 2 ** (self._repairs - 2), MOST_REST_SECONDS)
         rest = 0.0 if self._repairs == 1 else rest
-        until = now + max(rest, trouble.retry_seconds)
-        self._suspects.pop(trouble.peer, None)
-        self._suspects[trouble.peer] = _Suspicion(now, until)
+        self._suspects.add(trouble.peer, now, max(rest, trouble.retry_seconds))
 
     async def _take_route(self, last: Trouble | None = None) -> None:
         """Find a route, forgiving suspects oldest first, until the deadline.
@@ -259,17 +250,12 @@ class ClientSession:
         Then NoRoute, or the Refusal that was the last trouble.
         """
         while True:
-            now = trio.current_time()
-            self._suspects = {
-                peer: suspicion
-                for peer, suspicion in self._suspects.items()
-                if now - suspicion.since < SUSPICION_SECONDS
-            }
+            avoid = frozenset(self._suspects.at(trio.current_time()))
             try:
-                route = await self._find_route(frozenset(self._suspects), self.max_tokens)
+                route = await self._find_route(avoid, self.max_tokens)
                 break
             except NoRoute:
-                if not self._forgive_one():
+                if not self._suspects.forgive_one(trio.current_time()):
                     if trio.current_time() >= self._deadline:
                         if last is not None and last.failure == "refused":
                             raise _refusal(last) from None
@@ -277,15 +263,6 @@ class ClientSession:
                     await trio.sleep(RETRY_SECONDS)
         hops = [(hop.peer, str(hop.span)) for hop in route.hops]
         self._carry_out(self._session.take_route(hops))
-
-    def _forgive_one(self) -> bool:
-        """Suspect one peer less: the oldest that need not rest. False if there is none."""
-        now = trio.current_time()
-        for peer, suspicion in self._suspects.items():
-            if suspicion.until <= now:
-                del self._suspects[peer]
-                return True
-        return False
 
     async def _look_for_the_silent(self) -> None:
         """Accuse the hops that we are linked to and that do not answer a probe."""
@@ -314,6 +291,7 @@ async def open_session(
     *,
     repair_route: RepairRoute | None = None,
     pulse: Pulse | None = None,
+    suspects: Suspects | None = None,
     fingerprint: str,
     max_tokens: int,
     wall_clock: Callable[[], float] = time.time,
@@ -322,7 +300,8 @@ async def open_session(
     """Open a session for at most `max_tokens` positions; close it on the way out.
 
     With `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
-    `pulse` tells of hops that fall silent. Raises NoRoute if no route is found within
+    `pulse` tells of hops that fall silent; `suspects` may be shared by the sessions of a client,
+    so that one need not learn what another has. Raises NoRoute if no route is found within
     `route_seconds`, now or at a repair.
     """
     async with open_tasks() as nursery:
@@ -333,6 +312,7 @@ async def open_session(
             nursery,
             repair_route=repair_route,
             pulse=pulse,
+            suspects=suspects or Suspects(),
             fingerprint=fingerprint,
             max_tokens=max_tokens,
             wall_clock=wall_clock,

@@ -118,3 +118,23 @@ def _silence() -> None:
 
 def _is_debugging() -> bool:
     return os.environ.get("SWARM_DEBUG", "") not in ("", "0")
+
+
+def printer(as_json: bool, stream_json: bool) -> Callable[[int | None, str], None]:
+    """Return what prints each token and its text as they come."""
+
+    def show(token: int | None, text: str) -> None:
+        if stream_json:
+            print(json.dumps({"token": token, "text": text}), flush=True)
+        elif not as_json:
+            print(text, end="", flush=True)
+
+    return show
+
+
+def print_answer(made: Mapping[str, Any], is_json: bool) -> None:
+    """Print the object of an answer, or end the text's last line."""
+    if is_json:
+        print(json.dumps(made), flush=True)
+    else:
+        print(flush=True)

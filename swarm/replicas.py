@@ -23,7 +23,6 @@ from routing.span import Span
 from swarm.cable import LOOPBACK, Cable, is_owner_known, owner_of, relay
 from swarm.chaos_plan import Blow, Kind
 from swarm.errors import SwarmError
-from swarm.settings import ServeSettings
 from swarm.tasks import open_tasks
 
 READY_SECONDS = 180.0  # a start takes four seconds of a processor, and many start at once
@@ -36,8 +35,6 @@ _SIGNALS = {"close": signal.SIGTERM, "kill": signal.SIGKILL, "stop": signal.SIGS
 
 def why_no_cut() -> str | None:
     """Return why cables cannot be cut here, None if they can."""
-    if "is_only_announced" not in ServeSettings.__dataclass_fields__:
-        return "a server announces its own address too, so that others would go round the cable"
     if not is_owner_known():
         return "this system does not tell which process holds a socket"
     return None

@@ -68,6 +68,7 @@ async def serve(settings: ServeSettings, console: Console) -> None:
                 listen=settings.listen,
                 port=port_of(settings, notes),
                 announce=settings.announce,
+                is_only_announced=settings.is_only_announced,
             )
         )
         await enter_if_any(host, entry, is_needed=invite is not None)

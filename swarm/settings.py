@@ -46,6 +46,7 @@ class ServeSettings:
     listen: str = "0.0.0.0"  # a server of a swarm is there to be reached
     port: int | None = None  # None: the one used before, or any
     announce: tuple[str, ...] = ()
+    is_only_announced: bool = False  # tell others no address but those of `announce`
     identity: Path | None = None
     name: str = ""
     threads: int | None = None

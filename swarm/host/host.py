@@ -265,6 +265,7 @@ async def open_host(
     listen: str | None = "127.0.0.1",
     port: int = 0,
     announce: Sequence[str] = (),
+    is_only_announced: bool = False,
     gossip: bool = True,
 ) -> AsyncIterator[Libp2pHost]:
     """Run a host for as long as the block runs.
@@ -279,7 +280,8 @@ async def open_host(
         listener = stack.enter_context(listening(listen, port)) if listen is not None else None
         own = _own(listen, listener, identity.peer)
         nursery = await stack.enter_async_context(trio.open_nursery())
-        host = Libp2pHost(identity, secret, [*announced, *own], nursery)
+        told = announced if is_only_announced else [*announced, *own]
+        host = Libp2pHost(identity, secret, told, nursery)
         if gossip:
             await host.gossip_with(stack)
         if listener is not None:

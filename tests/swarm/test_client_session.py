@@ -7,10 +7,11 @@ import trio
 from session_worlds import World, run, said_after
 
 from routing.route import Route
-from swarm.client_session import MOST_REPAIRS, SUSPICION_SECONDS
+from swarm.client_session import MOST_REPAIRS
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.generate import GenerateSettings, generate
 from swarm.server import GRACE_SECONDS
+from swarm.suspects import SUSPICION_SECONDS
 
 PROMPT = [3, 1, 4, 1, 5]
 SETTINGS = GenerateSettings(most_tokens=12, end_ids=frozenset())

@@ -1,0 +1,53 @@
+"""Whom a client avoids, since when, and how long at least. No clock.
+
+1. Being suspected costs a peer our custom, never its place: it serves when nobody else can.
+2. A suspicion ends after SUSPICION_SECONDS, when it is the oldest and somebody is needed, or when
+   its peer is heard of again.
+"""
+
+from dataclasses import dataclass
+
+SUSPICION_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """Since when a peer is avoided, and until when it is not to be asked in any case."""
+
+    since: float
+    until: float
+
+
+class Suspects:
+    """The peers avoided, oldest suspicion first."""
+
+    def __init__(self) -> None:
+        self._suspicions: dict[str, _Suspicion] = {}
+
+    def add(self, peer: str, now: float, rest_seconds: float) -> None:
+        """Avoid the peer from now on, and let it rest in any case."""
+        self._suspicions.pop(peer, None)
+        self._suspicions[peer] = _Suspicion(now, now + rest_seconds)
+
+    def at(self, now: float) -> tuple[str, ...]:
+        """Return who is avoided now, the oldest first."""
+        self._suspicions = {
+            peer: suspicion
+            for peer, suspicion in self._suspicions.items()
+            if now - suspicion.since < SUSPICION_SECONDS
+        }
+        return tuple(self._suspicions)
+
+    def forgive_one(self, now: float) -> bool:
+        """Suspect one peer less: the oldest that need not rest. False if there is none."""
+        for peer, suspicion in self._suspicions.items():
+            if suspicion.until <= now:
+                del self._suspicions[peer]
+                return True
+        return False
+
+    def heard_of(self, peer: str, now: float) -> None:
+        """The peer has said something of itself: it lives. Its rest is left to it."""
+        suspicion = self._suspicions.get(peer)
+        if suspicion is not None and suspicion.until <= now:
+            del self._suspicions[peer]
