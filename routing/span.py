@@ -8,6 +8,7 @@ Invariants:
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 _WRITTEN = re.compile(r"([0-9]+):([0-9]+)")
 
@@ -67,3 +68,15 @@ def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
         else:
             spans.append(Span(block, block + 1))
     return tuple(spans)
+
+
+def even_spans(blocks: int, parts: int) -> tuple[Span, ...]:
+    """Cut a model into as many spans whose lengths differ by one at most; never into empty ones.
+
+    Raises ValueError without a block or a part.
+    """
+    if blocks < 1 or parts < 1:
+        raise ValueError(f"{blocks} blocks cannot be cut into {parts} spans")
+    parts = min(parts, blocks)
+    cuts = [blocks * number // parts for number in range(parts + 1)]
+    return tuple(Span(start, stop) for start, stop in pairwise(cuts))

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
-from routing.span import Span
+from routing.span import Span, even_spans
 from swarm.chaos_plan import Blow, ChaosSettings, Plan, Said, Undisturbed, plan_of, report_of
 from swarm.client import Client, open_client
 from swarm.client_session import ClientSession
@@ -114,13 +113,6 @@ def blocks_of(model: Path) -> int:
         return int(config.get("text_config", config)["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{model} holds no model whose blocks can be counted") from error
-
-
-def even_spans(blocks: int, hops: int) -> tuple[Span, ...]:
-    """Cut the model into as many spans, whose lengths differ by one at most."""
-    hops = min(hops, blocks)
-    cuts = [blocks * number // hops for number in range(hops + 1)]
-    return tuple(Span(start, stop) for start, stop in pairwise(cuts))
 
 
 @asynccontextmanager

@@ -7,12 +7,11 @@
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 from blocks.executor import ComputeThread, Executor
 from blocks.measure import measure
-from routing.span import Span
+from routing.span import Span, even_spans
 from swarm.client import Client, open_client
 from swarm.files import FileCache
 from swarm.host import open_host
@@ -28,13 +27,6 @@ PEERS = 3
 MEASURE_SECONDS = 0.05
 LOOPBACK = "127.0.0.1"
 CACHE_BYTES = 1 << 30
-
-
-def even_spans(blocks: int, peers: int) -> tuple[Span, ...]:
-    """Cut the model into as many spans, whose lengths differ by one at most."""
-    peers = min(peers, blocks)
-    cuts = [blocks * number // peers for number in range(peers + 1)]
-    return tuple(Span(start, stop) for start, stop in pairwise(cuts))
 
 
 @asynccontextmanager

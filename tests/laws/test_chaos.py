@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import trio
 
-from routing.span import Span
 from swarm import chaos
-from swarm.chaos import available, blocks_of, even_spans, rendered, run_chaos
+from swarm.chaos import available, blocks_of, rendered, run_chaos
 from swarm.chaos_plan import KINDS, ChaosSettings
 from swarm.console import Console
 from swarm.errors import BadInput
@@ -106,11 +105,6 @@ def test_no_process_outlives_a_run_that_is_interrupted_while_one_is_stopped(
     tmp_path: Path,
 ) -> None:
     _interrupt(tmp_path, signal.SIGINT, "blow 1")
-
-
-def test_spans_are_as_even_as_they_can_be_and_never_empty() -> None:
-    assert even_spans(8, 3) == (Span(0, 2), Span(2, 5), Span(5, 8))
-    assert even_spans(2, 5) == (Span(0, 1), Span(1, 2))
 
 
 def test_blocks_are_counted_from_the_configuration(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routing.span import Span, spans_of
+from routing.span import Span, even_spans, spans_of
 
 
 @st.composite
@@ -46,3 +46,14 @@ def test_spans_of_blocks_hold_exactly_these_and_never_touch(blocks: set[int]) ->
     found = spans_of(blocks)
     assert [block for span in found for block in span.blocks] == sorted(blocks)
     assert all(left.stop < right.start for left, right in pairwise(found))
+
+
+def test_spans_are_as_even_as_they_can_be_and_never_empty() -> None:
+    assert even_spans(8, 3) == (Span(0, 2), Span(2, 5), Span(5, 8))
+    assert even_spans(2, 5) == (Span(0, 1), Span(1, 2))
+
+
+@pytest.mark.parametrize(("blocks", "parts"), [(0, 1), (1, 0)])
+def test_nothing_is_cut_into_nothing(blocks: int, parts: int) -> None:
+    with pytest.raises(ValueError, match="cannot be cut"):
+        even_spans(blocks, parts)
