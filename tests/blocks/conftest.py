@@ -1,8 +1,6 @@
 """Fixtures of the tests of `blocks`: tiny models, built once per run, and the shared data."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -10,8 +8,6 @@ import torch
 from tiny_models import TinyModel
 
 torch.set_num_threads(1)
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -32,13 +28,3 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool]
 def llama(tiny_model: Callable[[str, bool], TinyModel]) -> TinyModel:
     """A llama with an untied head."""
     return tiny_model("llama", False)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of data shared between checkouts: SWARM_TEST_DATA, or one beside this one."""
-    named = os.environ.get("SWARM_TEST_DATA")
-    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"no shared data: {folder} does not exist; set SWARM_TEST_DATA")
-    return folder

@@ -114,15 +114,6 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if "token" in path.name}
 
 
-@pytest.fixture
-def shared_data() -> Path:
-    named = os.environ.get("SWARM_TEST_DATA")
-    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no folder of test data: name one by SWARM_TEST_DATA")
-    return folder
-
-
 def expected_text(tokens: Tokens, prompt: list[int], ids: list[int]) -> str:
     """The law of TextStream, in its plainest form."""
     whole = tokens.decode(prompt + ids)
