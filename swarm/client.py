@@ -186,7 +186,6 @@ class Client:
         for record in self.records():
             if record.sequence > before.get(record.peer, 0):
                 self._suspects.heard_of(record.peer, now)
-        for record in self.records():
             self.host.learn(record.peer, record.addresses)
 
     async def keep_records(self) -> None:

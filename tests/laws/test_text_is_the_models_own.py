@@ -4,21 +4,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from bench import entered
 from processes import ServerProcess, environment, serving, swarm
 
 from routing.route import Hop, Route
 from routing.span import Span
 from swarm.client import Client
 from swarm.client_session import open_session
-from swarm.files import FileCache
 from swarm.generate import GenerateSettings, Generation, generate
-from swarm.invite import decode_invite
 from swarm.settings import DEMO_FOLDER
 
 TOKENS = 64
@@ -92,24 +90,6 @@ def told(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told
         yield Told(servers, blocks, model, home)
 
 
-@asynccontextmanager
-async def entered(told: Told) -> Any:
-    from swarm.client import open_client
-    from swarm.host import open_host
-    from swarm.identity import new_identity
-
-    invite = decode_invite(told.servers[0].join)
-    identity = new_identity()
-    async with (
-        open_host(identity, invite.secret, listen=None) as host,
-        open_client(host, identity, invite, FileCache(told.home / "files")) as client,
-    ):
-        with trio.fail_after(30):
-            while len(client.records()) < len(told.servers):
-                await client.refresh()
-        yield client, identity
-
-
 async def say(
     client: Client, identity: Any, route: Route, prompt: list[int], on_token: Any = None
 ) -> tuple[Generation, Any]:
@@ -146,7 +126,7 @@ def test_greedy_text_through_any_number_of_processes_is_that_of_generate(
     }[hops]
 
     async def main() -> None:
-        async with entered(told) as (client, identity):
+        async with entered(told.servers, told.home) as (client, identity):
             said: dict[int, list[int]] = {}
 
             async def one(number: int) -> None:
@@ -207,7 +187,7 @@ def test_a_server_killed_in_mid_generation_changes_nothing_in_the_text(told: Tol
     route = told.route(("0:2", "0:2"), (rest, rest))
 
     async def main() -> None:
-        async with entered(told) as (client, identity):
+        async with entered(told.servers, told.home) as (client, identity):
             spoken = 0
 
             def on_token(_token: int) -> bool:
