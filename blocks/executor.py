@@ -85,6 +85,9 @@ class Done:
     waited: float  # from submit to the start of computing, in seconds
     length: int  # positions the leg holds now
     cache_bytes: int  # memory the leg takes now
+    positions: int = 0  # of the step; 0 if it failed
+    blocks: int = 0  # that it went through
+    has_head: bool = False  # and through the head
     error: str | None = None
     fault: bool = False  # the error is the sender's
 
@@ -261,6 +264,9 @@ class Executor:
             waited=started - submitted,
             length=leg.cache.length if leg else 0,
             cache_bytes=0 if leg is None or job.release else leg.cache.byte_count,
+            positions=0 if leg is None or error else leg.cache.length - job.start,
+            blocks=job.stop - job.first,
+            has_head=leg is not None and _asks_candidates(job, leg.stack),
             error=error,
             fault=fault,
         )
@@ -276,7 +282,7 @@ class Executor:
         if leg.cache.is_torn or job.start < leg.cache.length:
             leg.cache.rollback(job.start)
         stack = leg.stack
-        wish = job.candidates if stack.holds_head and job.outputs != "none" else None
+        wish = job.candidates if _asks_candidates(job, stack) else None
         if wish is not None and len(inputs) != 1:
             raise StepError(f"candidates are for one row, not for {len(inputs)}")
         positions = None if wish is None else (1 if job.outputs == "last" else 0)
@@ -303,6 +309,10 @@ class Executor:
                 f"{job.first}:{job.stop}"
             )
         return leg
+
+
+def _asks_candidates(job: StepJob, stack: Stack) -> bool:
+    return stack.holds_head and job.outputs != "none" and job.candidates is not None
 
 
 def _inputs(payload: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:

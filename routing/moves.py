@@ -113,6 +113,16 @@ def should_consider(
     return now - checked_at >= CHECK_SECONDS * (0.5 + drawn)
 
 
+def goes_first(own: Offer, offers: Sequence[Offer]) -> bool:
+    """Return whether no other server that is leaving its span comes before `own` by name.
+
+    Servers that look at the same moment see the same need. One of them is enough: the others look
+    again when the first has announced what it loads.
+    """
+    leaving = [offer.peer for offer in offers if not (offer.is_online or offer.is_joining)]
+    return all(own.peer <= peer for peer in leaving)
+
+
 def _perfect(swarm: "_Swarm", own: Offer) -> float:
     """Return the throughput if all that servers can do lay evenly on the blocks: none is higher."""
     work = [each.share / each.offer.decode_seconds_per_block for each in swarm.placed]

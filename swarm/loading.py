@@ -11,54 +11,87 @@ from typing import cast
 import outcome
 import trio
 
-from blocks.executor import ComputeThread
+from blocks.executor import ComputeThread, Executor
 from blocks.load import Dtype
-from blocks.measure import Speed, cache_bytes_per_token, free_memory_bytes, measure
+from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure
 from blocks.stack import Stack
 from routing.offer import Offer
-from routing.placement import HEADROOM
+from routing.placement import HEADROOM, largest_spans
 from routing.span import Span
 from swarm.console import Console
 from swarm.errors import BadInput
-from swarm.model import VALUE_BYTES, Description, choose_span, load, weight_bytes
+from swarm.model import VALUE_BYTES, Description, choose_span, load, sizes_of, weight_bytes
+from swarm.moving import Freedom
 from swarm.node import Holding
+from swarm.pace import Speeds
 from swarm.settings import ServeSettings
 from swarm.tasks import Result, in_thread
-from swarm.worker import Executor
 
 MEASURE_SECONDS = 1.5
 # No server keeps caches for more: beyond this its memory is better left to the machine.
 MOST_CACHE_TOKENS = 1 << 20
 
 
-async def prepared(
-    settings: ServeSettings,
-    description: Description,
-    offers: Sequence[Offer],
-    seed: int,
-    thread: ComputeThread,
-    executor_of: Callable[[Stack], Executor],
-    console: Console,
-) -> Holding:
-    """Choose the blocks, load and measure them. BadInput if they do not exist or do not fit.
+class Loader:
+    """Chooses, loads and measures the blocks of one server, as its settings say.
 
-    `offers` are those of the servers that are there already, `seed` parts newcomers that come at
-    once. The caller closes what `executor_of` makes.
+    The free memory is looked at once, before anything is loaded: whatever blocks follow the first
+    ones take their place.
     """
-    free = settings.memory_bytes or _free_bytes(settings.device)
-    dtype = cast(Dtype, settings.dtype)
-    span = choose_span(settings.blocks, description, offers, free, dtype, seed)
-    progress = console.progress(f"loading blocks {span} of {description.card.name}")
-    stack = await load_off_thread(description, span, dtype, settings.device, progress)
-    console.note("measuring its speed")
-    speed, token_bytes = await run_in(
-        thread, lambda: (measure(stack, MEASURE_SECONDS), cache_bytes_per_token(stack))
-    )
-    left = _free_bytes(settings.device)
-    if settings.memory_bytes is not None:
-        left = min(left, settings.memory_bytes - weight_bytes(description, span, dtype))
-    tokens = cache_tokens(description, token_bytes, left)
-    return holding_of(stack, speed, executor_of(stack), tokens)
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        description: Description,
+        thread: ComputeThread,
+        console: Console,
+    ) -> None:
+        """BadInput for a device that is not there."""
+        self._settings = settings
+        self._description = description
+        self._thread = thread
+        self._console = console
+        self._free_bytes = settings.memory_bytes or _free_bytes(settings.device)
+
+    @property
+    def _dtype(self) -> Dtype:
+        return cast(Dtype, self._settings.dtype)
+
+    def choose(self, offers: Sequence[Offer], seed: int) -> Span:
+        """Choose the blocks. BadInput if they do not exist or do not fit.
+
+        `offers` are those of the servers that are there already, `seed` parts newcomers that come
+        at once.
+        """
+        return choose_span(
+            self._settings.blocks, self._description, offers, self._free_bytes, self._dtype, seed
+        )
+
+    def freedom(self) -> Freedom | None:
+        """Where this server may go later: nowhere if its owner named the blocks."""
+        match self._settings.blocks:
+            case Span():
+                return None
+            case int():
+                return Freedom()
+        sizes = sizes_of(self._description, self._dtype)
+        return Freedom(candidates=tuple(largest_spans(sizes, self._free_bytes)))
+
+    async def load(self, span: Span) -> Holding:
+        """Load and measure these blocks; the caller closes what comes back. BadInput as `load`."""
+        settings, description = self._settings, self._description
+        progress = self._console.progress(f"loading blocks {span} of {description.card.name}")
+        stack = await load_off_thread(description, span, self._dtype, settings.device, progress)
+        self._console.note("measuring its speed")
+        speeds, token_bytes = await run_in(
+            self._thread,
+            lambda: (measured(stack, MEASURE_SECONDS), cache_bytes_per_token(stack)),
+        )
+        left = _free_bytes(settings.device)
+        if settings.memory_bytes is not None:
+            left = min(left, settings.memory_bytes - weight_bytes(description, span, self._dtype))
+        tokens = cache_tokens(description, token_bytes, left)
+        return holding_of(stack, speeds, Executor(stack, self._thread), tokens)
 
 
 async def load_off_thread(
@@ -72,15 +105,24 @@ async def load_off_thread(
     return await in_thread(partial(load, description, span, dtype, device, progress))
 
 
-def holding_of(stack: Stack, speed: Speed, executor: Executor, tokens_of_cache: int) -> Holding:
+def measured(stack: Stack, seconds: float) -> Speeds:
+    """Measure a stack. In the compute thread."""
+    speed = measure(stack, seconds)
+    return Speeds(
+        decode_seconds_per_block=speed.decode_seconds_per_block,
+        prefill_seconds_per_block_token=speed.prefill_seconds_per_block_token,
+        head_seconds=speed.head_seconds,
+    )
+
+
+def holding_of(stack: Stack, speeds: Speeds, executor: Executor, tokens_of_cache: int) -> Holding:
     """What a node holds once a stack is loaded and measured."""
     return Holding(
         span=Span(stack.start, stack.stop),
         executor=executor,
         cache_tokens=tokens_of_cache,
-        decode_seconds_per_block=speed.decode_seconds_per_block,
-        prefill_seconds_per_block_token=speed.prefill_seconds_per_block_token,
-        head_seconds=speed.head_seconds,
+        speeds=speeds,
+        close=executor.close,
         dtype=str(stack.dtype).removeprefix("torch."),
         device=str(stack.device),
     )

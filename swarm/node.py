@@ -2,10 +2,11 @@
 
 1. What is announced is true when it is said: the record follows room and state within seconds.
 2. A node that leaves says so, and is idle or out of patience by then.
+3. It serves one span at a time, and may serve others one after the other.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -21,10 +22,11 @@ from swarm.gossip import Gossip
 from swarm.identity import Identity
 from swarm.invite import swarm_id_of
 from swarm.model import Description
+from swarm.pace import Pace, PacedExecutor, Speeds
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
 from swarm.pulse import Pulse
-from swarm.record import PeerRecord, place_of
+from swarm.record import PeerRecord, State, place_of
 from swarm.server import Room, Server
 from swarm.tasks import open_tasks
 from swarm.transport import Host
@@ -41,16 +43,29 @@ _MOST_MODEL_NAME = 128  # what a record takes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """What a node holds, ready to compute, and how fast it is."""
+    """What a node holds, ready to compute, and how fast it was when it was measured.
+
+    Who made it calls `close` when no server uses it any more: it frees the weights.
+    """
 
     span: Span
     executor: Executor
     cache_tokens: int
-    decode_seconds_per_block: float
-    prefill_seconds_per_block_token: float
-    head_seconds: float
+    speeds: Speeds
     dtype: str
     device: str
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """A server at work, what it serves, and how to end it."""
+
+    holding: Holding
+    server: Server
+    pace: Pace
+    scope: trio.CancelScope
+    has_ended: trio.Event
 
 
 class Node:
@@ -62,25 +77,32 @@ class Node:
         identity: Identity,
         description: Description,
         gossip: Gossip,
+        pulse: Pulse,
         nursery: trio.Nursery,
         name: str,
     ) -> None:
         self.host = host
         self.gossip = gossip
-        self.server: Server | None = None
         self.whereabouts = Whereabouts(Random(host.peer).getrandbits(32))
+        self.is_leaving = False
         self._identity = identity
         self._description = description
         self._nursery = nursery
         self._name = name
-        self._holding: Holding | None = None
-        self._pulse = Pulse(host)
-        nursery.start_soon(self._pulse.run)
+        self._serving: _Serving | None = None
+        self._joining: tuple[Span, Speeds] | None = None
+        self._is_stepping_back = False
+        self._pulse = pulse
 
     @property
     def fingerprint(self) -> str:
         """The model's."""
         return self._description.fingerprint
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the model has."""
+        return self._description.card.blocks
 
     def records(self) -> tuple[PeerRecord, ...]:
         """The servers known now, this one among them."""
@@ -90,30 +112,110 @@ class Node:
         """The same as routing sees them."""
         return self.gossip.table.offers(trio.current_time())
 
+    async def join(self, span: Span, guessed: Speeds) -> None:
+        """Announce that these blocks are being loaded: whoever comes now counts on them."""
+        self._joining = (span, guessed)
+        await self._announce()
+
     async def hold(self, holding: Holding) -> None:
-        """Begin to serve, and announce it. BadInput if what it would announce fits no record."""
+        """Begin to serve, and announce it. BadInput if what it would announce fits no record.
+
+        One span at a time: what was held before is released first.
+        """
+        if self._serving is not None:
+            raise RuntimeError("a node serves one span at a time")
         room = Room(
             span=holding.span,
             fingerprint=self._description.fingerprint,
             cache_tokens=holding.cache_tokens,
         )
-        self._holding = holding
-        self.server = Server(self.host, holding.executor, room, pulse=self._pulse)
-        is_serving = trio.Event()
-        self._nursery.start_soon(self.server.run, is_serving)
+        pace = Pace(holding.speeds)
+        executor = PacedExecutor(holding.executor, pace, trio.current_time)
+        server = Server(self.host, executor, room, pulse=self._pulse)
+        is_serving, has_ended, scope = trio.Event(), trio.Event(), trio.CancelScope()
+
+        async def run() -> None:
+            try:
+                with scope:
+                    await server.run(is_serving)
+            finally:
+                has_ended.set()
+
+        self._nursery.start_soon(run)
         await is_serving.wait()
+        self._serving = _Serving(holding, server, pace, scope, has_ended)
+        self._joining = None
         try:
-            await self.gossip.announce(self.record())
+            await self._announce()
         except ValueError as error:
             raise BadInput(f"this peer cannot be announced: {error}") from error
-        self._nursery.start_soon(self._keep_record_true)
-        self._nursery.start_soon(self._measure_links)
+
+    async def step_back(self, is_back: bool) -> None:
+        """Take no new sessions for now (True), as if draining, or take them again (False)."""
+        self._is_stepping_back = is_back
+        await self._announce()
+
+    async def release(self, within: float) -> None:
+        """Hand the sessions over and end the server, in that time at most. Never raises."""
+        serving = self._serving
+        if serving is None:
+            return
+        serving.server.drain()
+        await self._announce()
+        with trio.move_on_after(within):
+            await serving.server.wait_idle()
+        await self.end()
+
+    async def end(self) -> None:
+        """End the server at once, if there is one; what it computes with may then be closed."""
+        serving, self._serving = self._serving, None
+        self._is_stepping_back = False
+        if serving is not None:
+            serving.scope.cancel()
+            with trio.CancelScope(shield=True):
+                await serving.has_ended.wait()
+
+    async def drain(self, within: float) -> None:
+        """Hand the sessions over, take no new ones, say goodbye. Never raises."""
+        self.is_leaving = True
+        serving = self._serving
+        if serving is not None:
+            serving.server.drain()
+            await self.gossip.announce(self.record())
+            with trio.move_on_after(within):
+                await serving.server.wait_idle()
+        await self.gossip.leave()
 
     def record(self) -> PeerRecord:
-        """What this node says of itself now."""
-        holding, server, told = self._holding, self.server, self._description
-        if holding is None or server is None:
-            raise RuntimeError("a node has no record before it holds blocks")
+        """What this node says of itself now. RuntimeError before it joins or holds anything."""
+        serving = self._serving
+        if serving is not None:
+            now = trio.current_time()
+            has_left = serving.server.is_draining or self._is_stepping_back
+            held = serving.holding
+            return self._record(
+                held.span,
+                "draining" if has_left else "online",
+                serving.pace.speeds(now),
+                free_tokens=serving.server.free_tokens,
+                dtype=held.dtype,
+                device=held.device,
+            )
+        if self._joining is not None:
+            return self._record(self._joining[0], "joining", self._joining[1])
+        raise RuntimeError("a node has no record before it joins")
+
+    def _record(
+        self,
+        span: Span,
+        state: State,
+        speeds: Speeds,
+        *,
+        free_tokens: int = 0,
+        dtype: str = "",
+        device: str = "",
+    ) -> PeerRecord:
+        told = self._description
         return PeerRecord(
             peer=self.host.peer,
             sequence=0,
@@ -124,42 +226,41 @@ class Node:
             hub_name=told.hub_name,
             model_name=told.card.name[:_MOST_MODEL_NAME],
             blocks=told.card.blocks,
-            span=str(holding.span),
-            state="draining" if server.is_draining else "online",
-            decode_seconds_per_block=holding.decode_seconds_per_block,
-            prefill_seconds_per_block_token=holding.prefill_seconds_per_block_token,
-            head_seconds=holding.head_seconds,
-            free_tokens=server.free_tokens,
-            dtype=holding.dtype,
-            device=holding.device,
+            span=str(span),
+            state=state,
+            decode_seconds_per_block=speeds.decode_seconds_per_block,
+            prefill_seconds_per_block_token=speeds.prefill_seconds_per_block_token,
+            head_seconds=speeds.head_seconds,
+            wait_seconds=speeds.wait_seconds,
+            free_tokens=free_tokens,
+            dtype=dtype,
+            device=device,
             place=place_of(self.whereabouts.coordinate),
             name=self._name,
             version=__version__,
         )
 
-    async def drain(self, within: float) -> None:
-        """Hand the sessions over, take no new ones, say goodbye. Never raises."""
-        server = self.server
-        if server is None:
-            return
-        server.drain()
-        await self.gossip.announce(self.record())
-        with trio.move_on_after(within):
-            await server.wait_idle()
-        await self.gossip.leave()
+    async def _announce(self) -> None:
+        """Spread what is true now. Who has said goodbye says nothing more."""
+        if not self.is_leaving:
+            await self.gossip.announce(self.record())
 
-    async def _keep_record_true(self) -> None:
-        told = self.record()
+    async def keep_record_true(self) -> None:
+        """Announce what changed again and again, until cancelled."""
+        told: PeerRecord | None = None
         while True:
             await trio.sleep(REFRESH_SECONDS)
+            if self.is_leaving or (self._serving is None and self._joining is None):
+                continue
             now = self.record()
-            if now.state != told.state or now.addresses != told.addresses:
-                await self.gossip.announce(now)
+            if told is None or now.state != told.state or now.addresses != told.addresses:
+                await self._announce()
             elif now != told:
                 self.gossip.refresh(now)
             told = now
 
-    async def _measure_links(self) -> None:
+    async def measure_links(self) -> None:
+        """Measure the round trips to those linked to again and again, until cancelled."""
         while True:
             links = self.host.links()
             self.whereabouts.keep_only(links)
@@ -201,6 +302,11 @@ async def open_node(
     )
     serve_probe(host)
     serve_files(host, description.files)
+    pulse = Pulse(host)
     async with open_tasks() as nursery:
         nursery.start_soon(gossip.run)
-        yield Node(host, identity, description, gossip, nursery, name)
+        nursery.start_soon(pulse.run)
+        node = Node(host, identity, description, gossip, pulse, nursery, name)
+        nursery.start_soon(node.keep_record_true)
+        nursery.start_soon(node.measure_links)
+        yield node

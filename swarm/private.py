@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from blocks.executor import ComputeThread, Executor
-from blocks.measure import measure
 from routing.span import Span, even_spans
 from swarm.client import Client, open_client
 from swarm.files import FileCache
 from swarm.host import open_host
 from swarm.identity import new_identity
 from swarm.invite import Invite, new_secret, swarm_id_of
-from swarm.loading import cache_tokens, holding_of, load_off_thread, run_in
+from swarm.loading import cache_tokens, holding_of, load_off_thread, measured, run_in
 from swarm.model import Description, describe
 from swarm.node import open_node
 from swarm.settings import DEMO_FOLDER, cache_home
@@ -61,7 +60,7 @@ async def _add_peer(
 ) -> tuple[str, ...]:
     """Start one more peer; return the addresses of all so far."""
     loaded = await load_off_thread(description, span, "float32", "cpu")
-    speed = await run_in(thread, lambda: measure(loaded, MEASURE_SECONDS))
+    speeds = await run_in(thread, lambda: measured(loaded, MEASURE_SECONDS))
     executor = stack.enter_context(closing(Executor(loaded, thread)))
     identity = new_identity()
     host = await stack.enter_async_context(open_host(identity, secret, listen=LOOPBACK))
@@ -72,5 +71,5 @@ async def _add_peer(
     node = await stack.enter_async_context(
         open_node(host, identity, secret, description, name=name)
     )
-    await node.hold(holding_of(loaded, speed, executor, cache_tokens(description, 1, CACHE_BYTES)))
+    await node.hold(holding_of(loaded, speeds, executor, cache_tokens(description, 1, CACHE_BYTES)))
     return (*known, host.addresses[0])

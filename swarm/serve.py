@@ -9,7 +9,7 @@ import logging
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, closing
+from contextlib import AsyncExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import trio
 
 from blocks.executor import ComputeThread
-from blocks.executor import Executor as BlockExecutor
 from swarm.client import read_tables
 from swarm.console import Console
 from swarm.control_server import Answer, serve_control
@@ -33,8 +32,9 @@ from swarm.entering import (
 from swarm.host import open_host
 from swarm.identity import first_free_identity, identity_from
 from swarm.invite import Invite, decode_invite, encode_invite, swarm_id_of
-from swarm.loading import prepared
-from swarm.node import Holding, Node, open_node
+from swarm.loading import Loader
+from swarm.moving import Keeper, open_keeper
+from swarm.node import Node, open_node
 from swarm.notebook import MOST_ADDRESSES, Notebook, SwarmNote, read_notebook, write_notebook
 from swarm.settings import ServeSettings, home
 from swarm.status import status_of
@@ -60,7 +60,6 @@ async def serve(settings: ServeSettings, console: Console) -> None:
     async with AsyncExitStack() as stack:
         # First in, last out: the node waits on its executor until it has ended.
         thread = stack.enter_context(ComputeThread(settings.threads))
-        executors = stack.enter_context(ExitStack())
         host = await stack.enter_async_context(
             open_host(
                 identity,
@@ -86,30 +85,32 @@ async def serve(settings: ServeSettings, console: Console) -> None:
             )
         )
         await read_tables(host, node.gossip.table)
-        holding = await prepared(
-            settings,
-            description,
-            node.offers(),
-            int.from_bytes(identity.peer.encode()[-4:], "big"),
-            thread,
-            lambda loaded: executors.enter_context(closing(BlockExecutor(loaded, thread))),
-            console,
+        loader = Loader(settings, description, thread, console)
+        seed = int.from_bytes(identity.peer.encode()[-4:], "big")
+        keeper = await stack.enter_async_context(
+            open_keeper(
+                node,
+                loader.load,
+                loader.choose(node.offers(), seed),
+                freedom=loader.freedom(),
+                note=console.note,
+            )
         )
-        await _run(node, holding, entry.secret, console, notes_path)
+        await _run(node, keeper, entry.secret, console, notes_path)
 
 
 async def _run(
-    node: Node, holding: Holding, secret: bytes, console: Console, notes_path: Path
+    node: Node, keeper: Keeper, secret: bytes, console: Console, notes_path: Path
 ) -> None:
     """Serve until told to stop, then drain."""
     stop = trio.Event()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
-            await node.hold(holding)
             nursery.start_soon(serve_control, home(), _answers(node, secret, stop))
             nursery.start_soon(_wait_signal, signals, stop)
             nursery.start_soon(_keep_notes, node, secret, notes_path)
-            facts = {"ready": True, "peer": node.host.peer, "span": str(holding.span)}
+            nursery.start_soon(keeper.move_when_needed)
+            facts = {"ready": True, "peer": node.host.peer, "span": node.record().span}
             console.ready({**facts, "join": encode_invite(invite_of(node, secret)), "api": None})
             await stop.wait()
             console.note("draining: no new sessions; Ctrl-C again leaves at once")

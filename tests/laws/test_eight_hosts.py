@@ -11,6 +11,7 @@ from swarm.identity import new_identity
 from swarm.invite import new_secret
 from swarm.model import describe
 from swarm.node import Holding, Node, open_node
+from swarm.pace import Speeds
 from swarm.settings import DEMO_FOLDER
 
 HOSTS = 8
@@ -65,9 +66,11 @@ def test_eight_hosts_know_each_other_and_forget_who_leaves() -> None:
                 span=Span(0, 8),
                 executor=IdleExecutor(),
                 cache_tokens=1000,
-                decode_seconds_per_block=0.001,
-                prefill_seconds_per_block_token=0.001,
-                head_seconds=0.0,
+                speeds=Speeds(
+                    decode_seconds_per_block=0.001,
+                    prefill_seconds_per_block_token=0.001,
+                    head_seconds=0.0,
+                ),
                 dtype="float32",
                 device="cpu",
             )
