@@ -34,6 +34,7 @@ MOST_ROUNDS = 3  # of greedy answers: what needs more of them is too far off to 
 MOST_ANSWERS = 256  # servers that answer in a round; beyond, a sample stands for all
 
 CHECK_SECONDS = 60.0  # between two looks at the swarm, on average
+GAP_CHECK_SECONDS = 10.0  # while the swarm cannot generate at all
 REST_SECONDS = 600.0  # after a move: it must show its effect before the next is judged
 REST_PER_LOAD = 5.0  # and who loads long, moves seldom
 
@@ -97,6 +98,7 @@ def should_consider(
     checked_at: float,
     moved_at: float,
     seconds_to_load: float = 0.0,
+    has_gap: bool = False,
 ) -> bool:
     """Return whether this server should look for a better span now.
 
@@ -105,12 +107,16 @@ def should_consider(
     name, so that servers who see the same swarm do not move at once: the first to move
     announces that it is joining, and the others see its new span before they decide. After a move
     it rests for REST_SECONDS, or REST_PER_LOAD times its load time if that is longer.
+
+    `has_gap`: some block is served by nobody and loaded by nobody, so nothing can be generated.
+    Then nobody rests, and all look every GAP_CHECK_SECONDS on average.
     """
-    if now - moved_at < max(REST_SECONDS, REST_PER_LOAD * seconds_to_load):
+    if not has_gap and now - moved_at < max(REST_SECONDS, REST_PER_LOAD * seconds_to_load):
         return False
     digest = blake2b(f"{peer}:{checked_at}".encode(), digest_size=6).digest()
     drawn = int.from_bytes(digest, "big") / 2**48
-    return now - checked_at >= CHECK_SECONDS * (0.5 + drawn)
+    period = GAP_CHECK_SECONDS if has_gap else CHECK_SECONDS
+    return now - checked_at >= period * (0.5 + drawn)
 
 
 def goes_first(own: Offer, offers: Sequence[Offer]) -> bool:

@@ -16,6 +16,7 @@ from statistics import median
 
 import trio
 
+from routing.coverage import coverage
 from routing.moves import GAIN, better_span, goes_first, should_consider
 from routing.offer import Offer
 from routing.span import Span
@@ -126,6 +127,7 @@ class Keeper:
             checked_at=self._checked_at,
             moved_at=self._moved_at,
             seconds_to_load=self._seconds_to_load,
+            has_gap=0.0 in coverage(self._node.offers(), self._node.blocks, with_joining=True),
         )
         if not is_time or self._holding is None or self._node.is_leaving:
             return None

@@ -6,7 +6,12 @@ import pytest
 from swarm_builders import offer, random_swarm
 
 from routing.coverage import coverage, uncovered
-from routing.moves import REST_SECONDS, better_span, should_consider
+from routing.moves import (
+    REST_SECONDS,
+    better_span,
+    goes_first,
+    should_consider,
+)
 from routing.offer import Offer
 from routing.placement import newcomer_span
 from routing.span import Span
@@ -47,6 +52,23 @@ def test_the_last_server_of_a_block_stays_whatever_would_be_gained() -> None:
     assert better_span(swarm[0], swarm, 8, seed=0) is None  # who joins does not serve yet
     drains = [*crowd("0:4", "0:3", "0:3"), offer("drains", "0:8", is_online=False)]
     assert better_span(drains[0], drains, 8, seed=0) is None
+
+
+def test_of_those_who_are_leaving_the_first_by_name_goes() -> None:
+    leaving = [offer(name, "0:4", is_online=False) for name in ("b", "a")]
+    swarm = [*leaving, offer("0", "0:4"), offer("1", "0:4", is_online=False, is_joining=True)]
+    assert goes_first(leaving[1], swarm)
+    assert not goes_first(leaving[0], swarm)
+
+
+def test_while_a_block_is_served_by_nobody_no_server_rests() -> None:
+    def looks(now: float, *, has_gap: bool) -> bool:
+        return should_consider(now, peer="a", checked_at=0.0, moved_at=0.0, has_gap=has_gap)
+
+    assert looks(20.0, has_gap=True)
+    assert not looks(1.0, has_gap=True)
+    assert not looks(20.0, has_gap=False)
+    assert looks(REST_SECONDS + 100, has_gap=False)
 
 
 def test_a_rise_below_the_gain_is_not_worth_a_move() -> None:

@@ -219,6 +219,20 @@ def test_a_target_that_cannot_be_loaded_costs_a_rest_and_not_the_server() -> Non
     run(body)
 
 
+def test_blocks_that_nobody_serves_any_more_are_taken_soon_whatever_was_moved_lately() -> None:
+    async def body(world: World) -> None:
+        await world.add("0:2")
+        await world.add("0:2")
+        last = await world.add("2:4", is_free=False)
+        world.network.kill(last.host.peer)
+        world.all.remove(last)
+        await trio.sleep(120)  # its record ends, one of two looks, settles and loads
+        assert world.spans() == ["0:2", "2:4"]
+        assert min(world.served()) > 0
+
+    run(body)
+
+
 def test_a_session_goes_on_unchanged_while_its_servers_move() -> None:
     async def body(world: World) -> None:
         for span in ("0:2", "0:2", "0:2", "2:4"):
