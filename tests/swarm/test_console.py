@@ -96,3 +96,7 @@ def test_every_option_has_help_and_a_variable_and_fits_a_terminal(name: str) -> 
         if option.name not in ("help", "prompt"):
             assert option.help, option.name
             assert option.envvar, option.name
+
+
+def test_the_version_is_told_without_a_command() -> None:
+    assert command("--version").returncode == 0

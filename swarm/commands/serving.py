@@ -1,0 +1,123 @@
+"""`swarm serve`: a peer that holds blocks."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.commands.options import Join, Json
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            envvar="SWARM_MODEL",
+            help="A folder with config.json and safetensors shards, or a hub name. "
+            "Without it: the swarm's model with --join, else the small demo model.",
+        ),
+    ] = None,
+    blocks: Annotated[
+        str,
+        typer.Option(envvar="SWARM_BLOCKS", help="Which to hold: 8:16, a number of them, or auto."),
+    ] = "auto",
+    join: Join = None,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", envvar="SWARM_PUBLIC", help="Found a swarm that everyone may enter."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
+        ),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
+    ] = "cpu",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SWARM_MEMORY", help="The most memory to use, like 8GB. Default: what is free."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(envvar="SWARM_HOST", help="The address to listen on.")
+    ] = "0.0.0.0",
+    port: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_PORT",
+            min=0,
+            max=65535,
+            help="The TCP port to listen on, 0 for any. Default: the one used before.",
+        ),
+    ] = None,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="SWARM_ANNOUNCE",
+            help="Tell others this multiaddr too, like /ip4/203.0.113.5/tcp/4001.",
+        ),
+    ] = None,
+    only_announced: Annotated[
+        bool,
+        typer.Option(
+            "--only-announced",
+            envvar="SWARM_ONLY_ANNOUNCED",
+            help="Tell others the addresses of --announce alone.",
+        ),
+    ] = False,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SWARM_IDENTITY",
+            help="The file of this peer's key, made if missing. Default: the first not in use.",
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(envvar="SWARM_NAME", help="What the peer map calls this peer.")
+    ] = "",
+    threads: Annotated[
+        int | None,
+        typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold some blocks of MODEL and serve them until Ctrl-C.
+
+    The first Ctrl-C finishes what runs, the second leaves at once.
+    """
+    from swarm.console import Console, readable_errors
+
+    with readable_errors(is_json=as_json):
+        from swarm import settings as checked
+
+        settings = checked.ServeSettings(
+            model=checked.parse_model(model) if model else None,
+            blocks=checked.parse_blocks(blocks),
+            join=join,
+            is_public=public,
+            dtype=checked.parse_dtype(dtype),
+            device=device,
+            memory_bytes=checked.parse_bytes(memory) if memory else None,
+            listen=host,
+            port=port,
+            announce=tuple(announce or ()),
+            is_only_announced=only_announced,
+            identity=identity,
+            name=checked.parse_name(name),
+            threads=threads,
+        )
+        if join:
+            from swarm.invite import decode_invite
+
+            decode_invite(join)  # a damaged token is told before torch is loaded
+        import trio
+
+        from swarm.serve import serve as run_server
+
+        with Console(is_json=as_json) as console:
+            trio.run(run_server, settings, console)
