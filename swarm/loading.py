@@ -74,7 +74,7 @@ class Loader:
                 return None
             case int():
                 return Freedom()
-        sizes = sizes_of(self._description, self._dtype)
+        sizes = sizes_of(self._description.checkpoint, self._dtype)
         return Freedom(candidates=tuple(largest_spans(sizes, self._free_bytes)))
 
     async def load(self, span: Span) -> Holding:

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
 from blocks.checkpoint import fingerprint as checkpoint_digest
 from blocks.errors import BlocksError
-from blocks.load import Dtype, load_stack
+from blocks.forecast import cache_bytes_per_block_token, sketch
+from blocks.load import Dtype, load_stack, resolve_dtype
 from blocks.measure import plan_bytes
 from blocks.stack import Stack
 from routing.offer import Offer
@@ -22,6 +24,7 @@ from routing.placement import BlockSizes, DoesNotFit, auto_span, newcomer_span
 from routing.span import Span
 from swarm.errors import BadInput, PeerFault
 from swarm.files import SmallFiles, fingerprint_of
+from swarm.planning import Wanted
 from swarm.text import ModelCard
 
 # Room for a few conversations of full length; what is left of the memory is found after loading.
@@ -110,27 +113,47 @@ def choose_span(
     if isinstance(wanted, int):
         return newcomer_span(offers, blocks, wanted, seed=seed)
     try:
-        return auto_span(offers, sizes_of(description, dtype), free_bytes, seed=seed)
+        return auto_span(offers, sizes_of(description.checkpoint, dtype), free_bytes, seed=seed)
     except DoesNotFit as error:
         raise BadInput(f"{description.card.name} does not fit: {error}") from error
 
 
-def sizes_of(description: Description, dtype: Dtype) -> BlockSizes:
-    """Return what each part costs, its share of cache and history included, before loading."""
-    planned = plan_bytes(description.checkpoint, dtype)
-    config = description.checkpoint.config.get_text_config(decoder=True)
-    hidden_size = description.card.hidden_size
-    queries = getattr(config, "num_attention_heads", None) or 1
-    heads: int = getattr(config, "num_key_value_heads", None) or queries
-    head_size: int = getattr(config, "head_dim", None) or hidden_size // queries
+def sizes_of(
+    checkpoint: Checkpoint, dtype: Dtype, *, cache_tokens: int | None = None
+) -> BlockSizes:
+    """Return what each part costs, its share of cache and history included, before loading.
+
+    `cache_tokens`: of all sessions together; by default a few conversations of full length.
+    """
+    planned = plan_bytes(checkpoint, dtype)
     return BlockSizes(
         block_bytes=planned.block_bytes,
         embedding_bytes=planned.embedding_bytes + planned.other_bytes,
         head_bytes=planned.head_bytes + planned.other_bytes,
-        cache_bytes_per_token=2 * heads * head_size * VALUE_BYTES,
-        history_bytes_per_token=hidden_size * VALUE_BYTES,
-        cache_tokens=PLANNED_SESSIONS * description.card.context_length,
+        cache_bytes_per_token=cache_bytes_per_block_token(
+            checkpoint.config, resolve_dtype(checkpoint, dtype)
+        ),
+        history_bytes_per_token=checkpoint.hidden_size * VALUE_BYTES,
+        cache_tokens=cache_tokens or PLANNED_SESSIONS * checkpoint.context_length,
         is_tied=planned.is_tied,
+    )
+
+
+def wanted_of(model: str, dtype: str, tokens: int | None) -> Wanted:
+    """Return a model to plan, from its config alone. BadInput if it has none that can be had."""
+    if dtype == "auto":
+        raise BadInput("--dtype auto needs the weights", next_step="choose bfloat16 or float32")
+    try:
+        drawn = sketch(Path(model).expanduser())
+    except BlocksError as error:
+        raise BadInput(str(error)) from error
+    known = cast(Dtype, dtype)
+    return Wanted(
+        name=drawn.folder.resolve().name,
+        dtype=dtype,
+        quant="none",
+        sizes=sizes_of(drawn, known, cache_tokens=tokens),
+        bytes_per_token=drawn.hidden_size * resolve_dtype(drawn, known).itemsize,
     )
 
 

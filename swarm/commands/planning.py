@@ -1,0 +1,59 @@
+"""`swarm doctor plan`: a swarm on paper."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swarm.commands.options import Json
+from swarm.errors import EXIT_UNCOVERED
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A folder with config.json, that file, or a hub name.")
+    ],
+    peers: Annotated[
+        Path,
+        typer.Option(
+            "--peers",
+            envvar="SWARM_PEERS",
+            help="A TOML file: [[peer]] entries with memory, reads, rtt_ms, name and count.",
+        ),
+    ],
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_PLAN_TOKENS",
+            min=1,
+            help="Room for so many tokens of all sessions. Default: four full contexts.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(envvar="SWARM_DTYPE", help="bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Say which peer would hold what of MODEL, how fast it would be, and what is missing.
+
+    No weights are read or fetched. The exit code is 3 if some block fits nowhere.
+    """
+    from swarm.console import readable_errors
+
+    with readable_errors(is_json=as_json):
+        from swarm.model import wanted_of
+        from swarm.planning import read_machines, rendered, report_of
+        from swarm.settings import parse_dtype
+
+        machines = read_machines(peers)
+        report = report_of(wanted_of(model, parse_dtype(dtype), tokens), machines)
+        if as_json:
+            print(json.dumps(report), flush=True)
+        else:
+            from rich.console import Console as Terminal
+
+            Terminal(highlight=False).print(rendered(report))
+        if not report["is_complete"]:
+            sys.exit(EXIT_UNCOVERED)
