@@ -25,6 +25,8 @@ MOST_RECORD_BYTES = 2048  # two per packet train of a slow uplink; gossip sends 
 MOST_VALID_SECONDS = 120.0  # a ghost lives no longer, whatever it promised
 DEFAULT_VALID_SECONDS = 35.0  # three announcements of ten seconds may be lost
 
+DIGEST_BYTES = 6  # of each block: equal by chance once in 10**14 pairs
+
 _SIGNED_AS = b"swarm record 1\0"  # so that no other signature of the key passes for a record's
 _MOST_BLOCKS = 1024  # the deepest models have some 130; a bound on what one record can make us do
 
@@ -59,6 +61,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     adapters: Annotated[tuple[Line, ...], msgspec.Meta(max_length=16)] = ()
     # the network coordinate: four axes, height, error; empty if unknown
     place: Annotated[tuple[float, ...], msgspec.Meta(max_length=6)] = ()
+    # DIGEST_BYTES for each block held, or none: see `digests`
+    digests: Annotated[bytes, msgspec.Meta(max_length=1024)] = b""
     name: Line = ""
     version: Line = ""  # of the program
     protocol: Count = PROTOCOL_VERSION
@@ -72,6 +76,8 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"valid for {self.valid_seconds} seconds")
         if not all(text.isprintable() for text in self._texts()):
             raise ValueError("a text that cannot be printed on one line")
+        if len(self.digests) not in (0, DIGEST_BYTES * len(self.held)):
+            raise ValueError(f"{len(self.digests)} bytes of digests for {len(self.held)} blocks")
         offer_of(self)
         _ = self.coordinate
 
@@ -87,6 +93,13 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     def held(self) -> Span:
         """The blocks it holds."""
         return Span.parse(self.span)
+
+    @property
+    def block_digests(self) -> dict[int, bytes]:
+        """The digest of each block it holds, if it tells them."""
+        starts = range(0, len(self.digests), DIGEST_BYTES)
+        parts = [self.digests[start : start + DIGEST_BYTES] for start in starts]
+        return dict(zip(self.held.blocks, parts, strict=False))
 
     @property
     def is_gone(self) -> bool:
@@ -148,7 +161,7 @@ def place_of(coordinate: Coordinate) -> tuple[float, ...]:
 
 def tombstone_of(record: PeerRecord) -> PeerRecord:
     """Return the record that says its peer has left. The caller raises its sequence."""
-    return msgspec.structs.replace(record, state="gone", addresses=(), adapters=())
+    return msgspec.structs.replace(record, state="gone", addresses=(), adapters=(), digests=b"")
 
 
 def next_sequence(stored: int, unix_ms: int) -> int:
