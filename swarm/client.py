@@ -8,7 +8,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -23,7 +23,6 @@ from routing.search import fastest_route
 from swarm.client_session import Broken, ClientSession, open_session
 from swarm.errors import NoRoute, PeerFault, Refusal, SwarmError, Unreachable
 from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
-from swarm.gossip import fetch_view
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.peers import PeerTable
@@ -31,6 +30,7 @@ from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
 from swarm.record import PeerRecord
 from swarm.suspects import Suspects
+from swarm.tables import MOST_KNOWN, Given, fetch_table, fetch_view
 from swarm.tasks import open_tasks
 from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
@@ -103,12 +103,12 @@ class Client:
     async def find_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
         """Return the route with the least expected seconds for a decode step. NoRoute if none."""
         if avoid or not self.records():
-            await self.refresh()
+            await self.refresh(avoid)
             return self._best_route(avoid, needed_tokens)
         try:
             return self._best_route(avoid, needed_tokens)
         except NoRoute:
-            await self.refresh()  # somebody may have come meanwhile
+            await self.refresh(avoid)  # somebody may have come meanwhile
             return self._best_route(avoid, needed_tokens)
 
     async def repair_route(self, broken: Broken, needed_tokens: int) -> Repair:
@@ -120,7 +120,7 @@ class Client:
         try:
             return self._repaired(broken, needed_tokens)
         except NoRoute:
-            await self.refresh()
+            await self.refresh({*broken.suspects, *(each.peer for each in broken.troubles)})
             return self._repaired(broken, needed_tokens)
 
     def _repaired(self, broken: Broken, needed_tokens: int) -> Repair:
@@ -171,17 +171,22 @@ class Client:
         """What a server says of itself."""
         return self.table.record_of(peer)
 
-    async def refresh(self) -> None:
-        """Read the table of every peer that we are linked to; who does not answer adds nothing.
+    async def refresh(self, avoid: Collection[str] = (), *, is_whole: bool = False) -> None:
+        """Ask every peer that we are linked to for what it knows and we don't.
 
-        Never raises. Without any link, some of the servers known are dialled first.
+        In a large swarm that is a view: servers beside those to `avoid`, and only the best of each
+        block unless `is_whole`. Who does not answer adds nothing. Never raises. Without any link,
+        some of the servers known are dialled first.
         """
         if not self.host.links():
             known = sorted(record.peer for record in self.records())
             chosen = Random(self._seed).sample(known, min(len(known), MOST_DIALLED))
             await _dial_any(self.host, chosen, within=DIAL_SECONDS)
         before = {record.peer: record.sequence for record in self.records()}
-        await read_tables(self.host, self.table)
+        if is_whole:
+            await read_tables(self.host, self.table)
+        else:
+            await read_views(self.host, self.table, avoid)
         now = trio.current_time()
         for record in self.records():
             if record.sequence > before.get(record.peer, 0):
@@ -192,8 +197,9 @@ class Client:
         """Read the records again and again, so that a repair has fresh ones at hand."""
         while True:
             await trio.sleep(REFRESH_SECONDS)
-            self.table.expire(trio.current_time())
-            await self.refresh()
+            now = trio.current_time()
+            self.table.expire(now)
+            await self.refresh(self._suspects.at(now))
 
     async def measure(self) -> None:
         """Measure the round trip to each server, or to a sample of many; never raises."""
@@ -227,7 +233,7 @@ async def open_client(
     """
     await enter(host, invite)
     table = PeerTable(invite.swarm_id)
-    await read_tables(host, table)
+    await read_views(host, table)
     records = table.records(trio.current_time())
     if not records:
         raise NoRoute(
@@ -282,13 +288,33 @@ async def _dial_any(host: Host, peers: Sequence[str], *, within: float) -> list[
 
 
 async def read_tables(host: Host, table: PeerTable) -> None:
-    """Read the table of every linked peer, at the same time.
+    """Read the whole table of every linked peer, at the same time.
 
-    Once one has answered, the others have LAGGARD_SECONDS: who is silent must not hold up a repair.
+    Once one has told of anybody, the others have LAGGARD_SECONDS: who is silent must not hold up
+    a repair, and a newcomer's empty table is no answer.
     """
+    await _read_all(host, table, lambda peer: fetch_table(host, peer, VIEW_SECONDS))
 
+
+async def read_views(host: Host, table: PeerTable, avoid: Collection[str] = ()) -> None:
+    """Read what a client lacks from every linked peer: as `read_tables`, but see `fetch_view`."""
+    known = table.known(MOST_KNOWN)
+    await _read_all(
+        host,
+        table,
+        lambda peer: fetch_view(host, peer, VIEW_SECONDS, known=known, avoid=avoid),
+    )
+
+
+async def _read_all(host: Host, table: PeerTable, fetch: Callable[[str], Awaitable[Given]]) -> None:
     async def take(peer: str, scope: trio.CancelScope) -> None:
-        if await _take_view(host, peer, table):
+        try:
+            given = await fetch(peer)
+        except SwarmError as error:
+            log.debug("%s gave no table: %s", peer, error.message)
+            return
+        await _take(given, peer, table)
+        if not given.is_empty:
             scope.deadline = min(scope.deadline, trio.current_time() + LAGGARD_SECONDS)
 
     async with trio.open_nursery() as nursery:
@@ -296,20 +322,13 @@ async def read_tables(host: Host, table: PeerTable) -> None:
             nursery.start_soon(take, peer, nursery.cancel_scope)
 
 
-async def _take_view(host: Host, peer: str, table: PeerTable) -> bool:
-    """Read one peer's table. False if it gave none."""
-    try:
-        view = await fetch_view(host, peer, VIEW_SECONDS)
-    except SwarmError as error:
-        log.debug("%s gave no table: %s", peer, error.message)
-        return False
-    for signed, age in view:
+async def _take(given: Given, peer: str, table: PeerTable) -> None:
+    for signed, age in given.records:
         try:
             table.add(signed, trio.current_time(), age)
         except PeerFault as fault:
             log.debug("%s gave a damaged record: %s", peer, fault.message)
         await trio.lowlevel.checkpoint()  # a signature takes 0.1 ms, a table may hold thousands
-    return True
 
 
 async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:

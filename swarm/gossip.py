@@ -16,18 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Annotated, TypeVar
 
 import msgspec
 import trio
 
-from swarm.errors import PeerFault, SwarmError, Unreachable
+from swarm.errors import PeerFault, SwarmError
 from swarm.gate import keyed_name
 from swarm.identity import Identity
-from swarm.messages import Number
-from swarm.peers import MOST_PEERS, LinkWishes, PeerTable, choose_dials
+from swarm.peers import LinkWishes, Page, PeerTable, choose_dials
 from swarm.record import (
-    MOST_RECORD_BYTES,
     PeerRecord,
     claimed_record,
     next_sequence,
@@ -35,10 +32,8 @@ from swarm.record import (
     sign_record,
     tombstone_of,
 )
-from swarm.transport import Host, MessageStream, Stream
-from swarm.wire import Frame, Limits
-
-PEERS_PROTOCOL = "/swarm/peers/1"
+from swarm.tables import BEHIND_ALL, PEERS_PROTOCOL, Request, Requests, fetch_table
+from swarm.transport import Host, Stream
 
 Listener = Callable[[str, PeerRecord | None], None]
 
@@ -48,9 +43,6 @@ _FAREWELLS = 3
 _IDLE_SECONDS = 10.0
 _LOST_ANNOUNCEMENTS = 3.5  # how many periods a record outlives its last announcement
 _MOST_PAGES = 256
-_MOST_VIEW = 2 * MOST_PEERS  # records and tombstones
-_LIMITS = Limits(frame_bytes=1 << 20, tensors=0)
-_BEHIND_ALL = "~"  # no peer id sorts behind it: asks for an empty page
 
 _logger = logging.getLogger(__name__)
 
@@ -69,49 +61,6 @@ class GossipSettings:
     dial_seconds: float = 5.0
     redial_seconds: float = 15.0  # before a peer that could not be dialled is tried again
     links: LinkWishes = field(default_factory=LinkWishes)
-
-
-class _Request(msgspec.Struct, frozen=True):
-    """Ask for the page after this peer; `own` is the asker's own signed record, or empty."""
-
-    after: Annotated[str, msgspec.Meta(max_length=128)] = ""
-    own: Annotated[bytes, msgspec.Meta(max_length=MOST_RECORD_BYTES)] = b""
-
-
-class _Answer(msgspec.Struct, frozen=True):
-    """A page: (signed record, age in seconds), and what to ask for next; empty at the end."""
-
-    records: tuple[tuple[bytes, Number], ...]
-    following: Annotated[str, msgspec.Meta(max_length=128)] = ""
-
-
-_Checked = TypeVar("_Checked", _Request, _Answer)
-
-
-async def fetch_view(
-    host: Host, peer: str, within: float, *, own: bytes = b"", after: str = ""
-) -> list[tuple[bytes, float]]:
-    """Return every signed record that a peer knows, each with its age: for `PeerTable.add`.
-
-    Nothing is verified yet. `own` is a record of ours to leave there; `after` the peer id behind
-    which to begin. Unreachable after `within` seconds, PeerFault if an answer is malformed.
-    """
-    view: list[tuple[bytes, float]] = []
-    with trio.move_on_after(within):
-        stream = MessageStream(await host.open(peer, PEERS_PROTOCOL, within=within), _LIMITS)
-        try:
-            while True:
-                await stream.send_frame(Frame({"after": after, "own": own}))
-                answer = _checked(await stream.receive_frame(), _Answer, peer)
-                view += answer.records
-                if not answer.following:
-                    return view
-                if not answer.records or answer.following <= after or len(view) > _MOST_VIEW:
-                    raise PeerFault(f"{peer} gives a table without end")
-                after, own = answer.following, b""
-        finally:
-            await stream.close()
-    raise Unreachable(f"{peer} did not give its table within {within:g} seconds")
 
 
 class Gossip:
@@ -209,7 +158,7 @@ class Gossip:
         with trio.move_on_after(_FAREWELL_SECONDS):
             async with trio.open_nursery() as nursery:
                 for peer in self._linked_members()[:_FAREWELLS]:
-                    nursery.start_soon(self._read_table, peer, signed, _BEHIND_ALL)
+                    nursery.start_soon(self._read_table, peer, signed, BEHIND_ALL)
 
     async def _listen(self) -> None:
         channel = await self._host.subscribe(self._topic, self._may_spread)
@@ -256,24 +205,29 @@ class Gossip:
     async def _read_table(self, peer: str, own: bytes, after: str = "") -> bool:
         within = self._settings.fetch_seconds
         try:
-            view = await fetch_view(self._host, peer, within, own=own, after=after)
+            given = await fetch_table(self._host, peer, within, own=own, after=after)
         except SwarmError as error:
             _logger.debug("%s gave no table: %s", peer, error.message)
             return False
-        for signed, age in view:
+        for signed, age in given.records:
             self._take(signed, age)
             await trio.lowlevel.checkpoint()  # thousands of signatures would stop all else
         return True
 
     async def _serve_table(self, stream: Stream) -> None:
-        messages = MessageStream(stream, _LIMITS)
+        requests = Requests(stream)
         for _ in range(_MOST_PAGES):
-            frame = await messages.receive_frame(within=_IDLE_SECONDS)
-            request = _checked(frame, _Request, stream.peer)
+            request = await requests.receive(within=_IDLE_SECONDS)
             if request.own:
                 await self._take_from(stream.peer, request.own)
-            page = self._table.page(trio.current_time(), request.after)
-            await messages.send_frame(Frame(page._asdict()))
+            await requests.answer(self._part_of_table(request))
+
+    def _part_of_table(self, request: Request) -> Page:
+        now = trio.current_time()
+        if request.is_view:
+            avoid = frozenset(request.avoid)
+            return self._table.view(now, request.known, avoid, own=self._host.peer)
+        return self._table.page(now, request.after)
 
     async def _take_from(self, peer: str, own: bytes) -> None:
         """Take in what a peer says of itself, and pass it on if it is news."""
@@ -375,11 +329,3 @@ class Gossip:
 
     def _jittered(self, seconds: float) -> float:
         return seconds * self._rng.uniform(0.8, 1.2)
-
-
-def _checked(frame: Frame, kind: type[_Checked], peer: str) -> _Checked:
-    try:
-        # bytes are bytes: without this, text would be taken as base64
-        return msgspec.convert(dict(frame.header), kind, builtin_types=(bytes,))
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise PeerFault(f"{peer} breaks the protocol {PEERS_PROTOCOL}: {error}") from error

@@ -10,21 +10,30 @@ Pure: no clock, no socket. `now` is the holder's own monotonic clock in seconds,
    no equal or older record of that peer enters. By then every copy elsewhere has ended too.
 4. The table holds at most `most_peers` records and as many shadows. When it is full, no newcomer
    enters until a record ends.
+5. Who reads one view after the other knows a server for every block that has one, and hears of all
+   that changes in what it knows, as long as that is no more than VIEW_BYTES.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain
 from random import Random
 from typing import NamedTuple
 
 from routing.offer import Offer
 from routing.span import Span
+from routing.view import best_offers
 from swarm.record import MOST_VALID_SECONDS, PeerRecord, claimed_record, offer_of, open_record
 
 MOST_PEERS = 4096
 PAGE_BYTES = 256 << 10  # some 300 records: well within a frame, and soon sent
+VIEW_BYTES = PAGE_BYTES
+WHOLE_PEERS = 64  # up to so many a view is the whole table: some 40 KB
 SHADOW_SECONDS = MOST_VALID_SECONDS
+
+_CHOICE_SECONDS = 1.0  # figures are announced every ten seconds at most: no need to rank anew
 
 # What a page's reader pays for a record beside its bytes: a list, a float, lengths.
 _ENTRY_OVERHEAD_BYTES = 16
@@ -33,6 +42,7 @@ _ENTRY_OVERHEAD_BYTES = 16
 @dataclass(frozen=True, slots=True)
 class _Entry:
     record: PeerRecord
+    offer: Offer
     signed: bytes
     since: float  # when it was first received anywhere, on this holder's clock
 
@@ -45,11 +55,13 @@ class _Entry:
 class Page(NamedTuple):
     """A part of a table: signed records, each with its age in seconds.
 
-    `following` is what to ask for next, empty after the last page.
+    `following` is what to ask for next, empty after the last page. `held`: how many records the
+    table holds.
     """
 
     records: tuple[tuple[bytes, float], ...]
     following: str
+    held: int
 
 
 class PeerTable:
@@ -61,6 +73,8 @@ class PeerTable:
         self._most_peers = most_peers
         self._live: dict[str, _Entry] = {}
         self._shadows: dict[str, _Entry] = {}
+        self._choice: tuple[str, ...] = ()  # the best of each block, as of then
+        self._chosen_at = float("-inf")
 
     @property
     def swarm_id(self) -> str:
@@ -80,14 +94,17 @@ class PeerTable:
         age = max(0.0, age)
         if not self._is_news(claimed_record(signed), age):
             return False
-        entry = _Entry(open_record(signed), signed, now - age)
-        peer = entry.record.peer
-        self._live.pop(peer, None)
+        record = open_record(signed)
+        entry = _Entry(record, offer_of(record), signed, now - age)
+        peer = record.peer
+        before = self._live.pop(peer, None)
         self._shadows.pop(peer, None)
         if entry.record.is_gone:
             self._cast_shadow(entry)
         else:
             self._live[peer] = entry
+        if before is None or _serves(before.record) != _serves(record):
+            self._chosen_at = float("-inf")
         return True
 
     def is_outdated(self, record: PeerRecord) -> bool:
@@ -101,6 +118,7 @@ class PeerTable:
         for entry in ended:
             del self._live[entry.record.peer]
             self._cast_shadow(entry)
+            self._chosen_at = float("-inf")
         forgotten = [
             peer for peer, entry in self._shadows.items() if entry.until + SHADOW_SECONDS <= now
         ]
@@ -114,7 +132,7 @@ class PeerTable:
 
     def offers(self, now: float) -> tuple[Offer, ...]:
         """Return the valid records as routing sees them."""
-        return tuple(offer_of(entry.record) for entry in self._valid(now))
+        return tuple(entry.offer for entry in self._valid(now))
 
     def record_of(self, peer: str) -> PeerRecord | None:
         """Return the newest record of a peer, unless `expire` has found it ended."""
@@ -135,10 +153,81 @@ class PeerTable:
             entry = found[peer]
             size += len(entry.signed) + _ENTRY_OVERHEAD_BYTES
             if records and size > most_bytes:
-                return Page(tuple(records), following)
+                return Page(tuple(records), following, len(self._live))
             records.append((entry.signed, max(0.0, now - entry.since)))
             following = peer
-        return Page(tuple(records), "")
+        return Page(tuple(records), "", len(self._live))
+
+    def known(self, most: int) -> dict[str, int]:
+        """Return the sequences of the peers heard of last, at most so many: what a view is for."""
+        newest_last = (*self._shadows.items(), *self._live.items())
+        return {peer: entry.record.sequence for peer, entry in newest_last[-most:]}
+
+    def view(
+        self,
+        now: float,
+        known: Mapping[str, int],
+        avoid: Set[str] = frozenset(),
+        *,
+        own: str = "",
+        most_bytes: int = VIEW_BYTES,
+    ) -> Page:
+        """Return what a client that knows these sequences lacks, the most needed first.
+
+        That is: who it knows of and has left, drains or loads; the holder itself, whose id is
+        `own`: it can be reached, and asked for files; the best of each block, and if some of them
+        are to `avoid`, the best of the others too; what is newer of the others known. A table of
+        WHOLE_PEERS or fewer is told whole, with its tombstones.
+        """
+        is_whole = len(self._live) <= WHOLE_PEERS
+        best = tuple(self._live) if is_whole else (own, *self._best(now, avoid, own))
+        order = dict.fromkeys(
+            chain(
+                (peer for peer in known if not self._is_online(peer)),
+                best,
+                known,
+                self._shadows if is_whole else (),
+            )
+        )
+        records: list[tuple[bytes, float]] = []
+        size = 0
+        for peer in order:
+            entry = self._told(peer, now)
+            if entry is None or entry.record.sequence <= known.get(peer, -1):
+                continue
+            size += len(entry.signed) + _ENTRY_OVERHEAD_BYTES
+            if size > most_bytes:
+                break
+            records.append((entry.signed, max(0.0, now - entry.since)))
+        return Page(tuple(records), "", len(self._live))
+
+    def _best(self, now: float, avoid: Set[str], own: str) -> tuple[str, ...]:
+        """Return the best peers of each block, beginning with those not to avoid."""
+        if now - self._chosen_at >= _CHOICE_SECONDS:
+            self._choice = self._choose(now, frozenset(), own)
+            self._chosen_at = now
+        if avoid.isdisjoint(self._choice):
+            return self._choice
+        return (*self._choose(now, avoid, own), *self._choice)
+
+    def _choose(self, now: float, avoid: Set[str], own: str) -> tuple[str, ...]:
+        valid = self._valid(now)
+        depths = Counter(entry.record.blocks for entry in valid)
+        [(blocks, _)] = depths.most_common(1) or [(0, 0)]  # one that lies about it decides nothing
+        offers = [entry.offer for entry in valid if entry.record.peer not in avoid]
+        return tuple(offer.peer for offer in best_offers(offers, blocks, own))
+
+    def _is_online(self, peer: str) -> bool:
+        entry = self._live.get(peer)
+        return entry is not None and entry.offer.is_online
+
+    def _told(self, peer: str, now: float) -> _Entry | None:
+        """Return what others may be told of a peer: its valid record, or its tombstone."""
+        entry = self._live.get(peer)
+        if entry is not None:
+            return entry if entry.until > now else None
+        shadow = self._shadows.get(peer)
+        return shadow if shadow is not None and shadow.record.is_gone else None
 
     def _is_news(self, record: PeerRecord, age: float) -> bool:
         held = self._live.get(record.peer) or self._shadows.get(record.peer)
@@ -159,6 +248,10 @@ class PeerTable:
 
     def _valid(self, now: float) -> list[_Entry]:
         return [entry for entry in self._live.values() if entry.until > now]
+
+
+def _serves(record: PeerRecord) -> tuple[str, str]:
+    return record.span, record.state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

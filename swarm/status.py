@@ -151,4 +151,5 @@ async def _joined_status(invite: "Invite") -> dict[str, Any]:
     from swarm.prompt import open_joined
 
     async with open_joined(invite) as client:
+        await client.refresh(is_whole=True)  # a client needs the best of each block, a map all
         return status_of(client.records(), client.whereabouts.round_trips)

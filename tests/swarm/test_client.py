@@ -3,18 +3,25 @@
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
-from gossiping import IDENTITIES, SECRET, Member, until
+from gossiping import IDENTITIES, SECRET, SWARM_ID, Member, record, until
 from gossiping import run as run_network
 
-from swarm.client import open_client
+from routing.repair import NOTHING_RETRIED, Trouble
+from routing.route import Hop
+from routing.span import Span
+from swarm.client import open_client, read_tables, read_views
+from swarm.client_session import Broken
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.files import FileCache, SmallFiles, fingerprint_of, serve_files
 from swarm.identity import Identity
 from swarm.invite import Invite, swarm_id_of
-from swarm.memory import MemoryNetwork
+from swarm.memory import MemoryHost, MemoryNetwork
+from swarm.peers import PeerTable
 from swarm.prompt import PromptSettings, sampling_of
+from swarm.record import PeerRecord, sign_record, tombstone_of
 from swarm.settings import DEMO_FOLDER
 from swarm.text import GenerationDefaults, ModelCard
 
@@ -36,6 +43,7 @@ FILES = SmallFiles(
 )
 FINGERPRINT = fingerprint_of("checkpoint", FILES.digest)
 ME = Identity(b"\x77" * 32)
+MANY = [Identity(number.to_bytes(2, "big") * 16) for number in range(1, 201)]
 
 
 class Swarm:
@@ -62,6 +70,27 @@ class Swarm:
         }
         await member.announce(**{**facts, **changes})
         return member
+
+    def tell_of(self, number: int, sequence: int = 1, **changes: object) -> PeerRecord:
+        """Let all members know of a server that is not there."""
+        facts = {
+            "fingerprint": FINGERPRINT,
+            "span": "0:8",
+            "free_tokens": 1000,
+            "decode_seconds_per_block": 0.001 * number + 0.01,
+            "valid_seconds": 100.0,
+        }
+        told = record(MANY[number], sequence=sequence, **{**facts, **changes})
+        for member in self.members:
+            member.table.add(sign_record(told, MANY[number]), trio.current_time())
+        return told
+
+    def tell_of_the_end(self, told: PeerRecord) -> None:
+        number = next(n for n, identity in enumerate(MANY) if identity.peer == told.peer)
+        gone = tombstone_of(record(MANY[number], sequence=told.sequence + 1, span=told.span))
+        gone = msgspec.structs.replace(gone, fingerprint=FINGERPRINT)
+        for member in self.members:
+            member.table.add(sign_record(gone, MANY[number]), trio.current_time())
 
     def invite(self, secret: bytes = SECRET, swarm_id: str = swarm_id_of(FINGERPRINT)) -> Invite:
         peer = self.members[0].peer
@@ -117,6 +146,108 @@ def test_a_client_without_any_link_dials_the_servers_it_knows(tmp_path: Path) ->
             assert host.links()
 
     run(body, tmp_path)
+
+
+def test_a_client_of_a_large_swarm_holds_the_best_and_hears_what_becomes_of_them(
+    tmp_path: Path,
+) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        await swarm.add("0:8", decode_seconds_per_block=0.001)
+        told = [swarm.tell_of(number) for number in range(200)]
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            assert len(client.records()) < 12
+            fastest, slowest = told[0].peer, told[199].peer
+            assert client.record_of(fastest) is not None
+            assert client.record_of(slowest) is None
+            swarm.tell_of_the_end(told[0])
+            moved = swarm.tell_of(1, 2, span="2:6", decode_seconds_per_block=9.0)
+            await trio.sleep(5.5)  # the records are read again every five seconds
+            assert client.record_of(fastest) is None
+            assert client.record_of(moved.peer) == moved
+            await client.refresh(is_whole=True)
+            assert client.record_of(slowest) is not None
+
+    run(body, tmp_path)
+
+
+def test_a_client_that_avoids_all_it_knows_is_shown_others(tmp_path: Path) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        await swarm.add("0:8")
+        for number in range(200):
+            swarm.tell_of(number)
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            avoid: frozenset[str] = frozenset()
+            for _ in range(4):
+                route = await client.find_route(avoid, 10)
+                assert not {hop.peer for hop in route.hops} & avoid
+                avoid |= {found.peer for found in client.records()}
+
+    run(body, tmp_path)
+
+
+def test_if_all_with_room_that_a_client_knows_refuse_it_is_shown_others(tmp_path: Path) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        await swarm.add("4:8", free_tokens=9000)
+        for number in range(200):
+            swarm.tell_of(number)
+        slow = range(196, 200)  # so that nothing but their room speaks for them
+        roomy = [swarm.tell_of(n, 2, span="0:4", free_tokens=9000 - n).peer for n in slow]
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            assert [p for p in roomy if client.record_of(p)] == roomy[:2]
+            spans = [Span(0, 2), Span(2, 4), Span(4, 8)]
+            peers = [*roomy[:2], swarm.members[0].peer]
+            broken = Broken(
+                hops=tuple(Hop(peer, span) for peer, span in zip(peers, spans, strict=True)),
+                troubles=tuple(Trouble(peers[n], spans[n], "refused") for n in range(2)),
+                retried=NOTHING_RETRIED,
+                suspects=(),
+            )
+            mended = await client.repair_route(broken, 5000)
+            assert {hop.peer for hop in mended.hops} <= {*roomy[2:], swarm.members[0].peer}
+
+    run(body, tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_tables, read_views])
+def test_a_newcomers_empty_table_does_not_end_the_wait_for_those_who_know(
+    read: Callable[[MemoryHost, PeerTable], Awaitable[None]],
+) -> None:
+    async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
+        newcomer, far = (Member(network, IDENTITIES[n], nursery) for n in range(2))
+        await far.announce()
+        client = network.attach(ME, SECRET, is_listening=False)
+        network.delay(ME.peer, far.peer, 0.5)
+        for member in (newcomer, far):
+            client.learn(member.peer, member.host.addresses)
+            await client.dial(member.peer, within=5.0)
+        table = PeerTable(SWARM_ID)
+        await read(client, table)
+        assert table.record_of(far.peer) is not None
+
+    run_network(body)
+
+
+@pytest.mark.parametrize("is_known_already", [False, True])
+def test_once_one_has_answered_a_silent_one_delays_no_reading(is_known_already: bool) -> None:
+    async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
+        near, silent = (Member(network, IDENTITIES[n], nursery) for n in range(2))
+        await near.announce()
+        client = network.attach(ME, SECRET, is_listening=False)
+        for member in (near, silent):
+            client.learn(member.peer, member.host.addresses)
+            await client.dial(member.peer, within=5.0)
+        network.cut(ME.peer, silent.peer)
+        table = PeerTable(SWARM_ID)
+        for _ in range(1 + is_known_already):
+            started = trio.current_time()
+            await read_views(client, table)
+            assert trio.current_time() - started < 0.5
+        assert table.record_of(near.peer) is not None
+
+    run_network(body)
 
 
 def test_another_swarms_token_is_refused_and_nobody_is_unreachable(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Gossip among peers that lie, and the views that clients fetch."""
+"""Gossip among peers that lie, and the tables that others fetch."""
 
 import pytest
 import trio
@@ -15,11 +15,11 @@ from gossiping import (
 )
 
 from swarm.errors import PeerFault, Unreachable
-from swarm.gossip import PEERS_PROTOCOL, fetch_view
 from swarm.identity import Identity
 from swarm.memory import MemoryNetwork
 from swarm.peers import MOST_PEERS, PeerTable
 from swarm.record import open_record, sign_record
+from swarm.tables import MOST_AVOIDED, MOST_KNOWN, PEERS_PROTOCOL, fetch_table
 from swarm.transport import MessageStream, Stream
 from swarm.wire import Frame
 
@@ -74,13 +74,14 @@ def test_neither_a_replayed_record_nor_one_of_another_model_is_passed_on() -> No
     run(body)
 
 
-def test_a_client_gets_a_view_from_one_peer_with_ages() -> None:
+def test_a_client_gets_a_table_from_one_peer_with_ages() -> None:
     async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
         members = await members_that_know_each_other(network, nursery, 4)
         client = network.attach("client", SECRET, is_listening=False)
         client.learn(members[0].peer, members[0].host.addresses)
         await trio.sleep(3.0)
-        view = await fetch_view(client, members[0].peer, 2.0)
+        view, held = await fetch_table(client, members[0].peer, 2.0)
+        assert held == 4
         assert {open_record(data).peer for data, _ in view} == {m.peer for m in members}
         now = trio.current_time()
         table = PeerTable(SWARM_ID)
@@ -91,7 +92,7 @@ def test_a_client_gets_a_view_from_one_peer_with_ages() -> None:
     run(body)
 
 
-def test_a_view_of_hundreds_of_peers_comes_in_pages() -> None:
+def test_a_table_of_hundreds_of_peers_comes_in_pages() -> None:
     async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
         member = Member(network, IDENTITIES[0], nursery)
         many = [Identity(number.to_bytes(2, "big") * 16) for number in range(400)]
@@ -99,10 +100,10 @@ def test_a_view_of_hundreds_of_peers_comes_in_pages() -> None:
             member.table.add(sign_record(record(identity, name="x" * 128), identity), 0.0)
         client = network.attach("client", SECRET, is_listening=False)
         client.learn(member.peer, member.host.addresses)
-        view = await fetch_view(client, member.peer, 5.0)
+        view, _ = await fetch_table(client, member.peer, 5.0)
         assert {open_record(data).peer for data, _ in view} == {i.peer for i in many}
         middle = sorted(identity.peer for identity in many)[199]
-        rest = await fetch_view(client, member.peer, 5.0, after=middle)
+        rest, _ = await fetch_table(client, member.peer, 5.0, after=middle)
         assert len(rest) == 200
 
     run(body)
@@ -117,7 +118,7 @@ def test_a_client_does_not_wait_for_a_silent_peer_beyond_its_deadline() -> None:
         network.cut("client", member.peer)
         started = trio.current_time()
         with pytest.raises(Unreachable, match="within 2 seconds"):
-            await fetch_view(client, member.peer, 2.0)
+            await fetch_table(client, member.peer, 2.0)
         assert trio.current_time() - started == pytest.approx(2.0)
 
     run(body)
@@ -152,7 +153,7 @@ def test_a_malformed_or_endless_table_is_the_peers_fault(lie: dict[str, object])
         client = network.attach("client", SECRET)
         client.learn("liar", liar.addresses)
         with pytest.raises(PeerFault, match="liar"):
-            await fetch_view(client, "liar", 5.0)
+            await fetch_table(client, "liar", 5.0)
 
     run(body)
 
@@ -185,7 +186,18 @@ ANOTHERS = sign_record(record(IDENTITIES[8]), IDENTITIES[8])
 
 @pytest.mark.parametrize(
     "request_header",
-    [{"after": 1}, {"after": "x" * 200}, {"own": "text"}, {"own": b"junk"}, {"own": ANOTHERS}],
+    [
+        {"after": 1},
+        {"after": "x" * 200},
+        {"own": "text"},
+        {"own": b"junk"},
+        {"own": ANOTHERS},
+        {"is_view": 1},
+        {"is_view": True, "known": ["peer"]},
+        {"is_view": True, "known": {"peer": -1}},
+        {"is_view": True, "known": {f"peer {n}": 1 for n in range(MOST_KNOWN + 1)}},
+        {"is_view": True, "avoid": ["peer"] * (MOST_AVOIDED + 1)},
+    ],
 )
 def test_a_malformed_request_ends_its_stream_and_nothing_else(
     request_header: dict[str, object],
@@ -201,6 +213,6 @@ def test_a_malformed_request_ends_its_stream_and_nothing_else(
             await stream.receive_frame(within=1.0)
         await stream.close()
         assert member.table.record_of(IDENTITIES[8].peer) is None
-        assert await fetch_view(client, member.peer, 1.0) == []
+        assert (await fetch_table(client, member.peer, 1.0)).is_empty
 
     run(body)
