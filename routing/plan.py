@@ -1,8 +1,9 @@
 """What a swarm would be: machines on paper, placed and routed by the code that places real ones.
 
 Machines come one after the other and each takes what `placement` gives a newcomer; then `search`
-finds the route. A decode step reads the weights of a block once, so a block takes its bytes over what
-the machine reads in a second: the most it can take where only some experts of a block are read.
+finds the route. A decode step reads the weights of a block once, so a block takes its bytes over
+what the machine reads in a second: the most it can take where only some experts of a block are
+read.
 
 Invariants:
 1. a machine is never given more than its memory less the headroom;

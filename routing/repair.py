@@ -5,14 +5,17 @@ Invariants:
 2. a hop that no trouble of this repair names stays, and so does one whose link may be at fault,
    once between two outputs. The one exception: where only the peer before or after holds the
    missing blocks, its hop is replaced too, by a wider one (a peer cannot dial itself);
-3. only a peer that failed, or whose link failed again, is suspected. A suspect serves again only
-   when nobody else holds some block, the oldest that holds it first;
+3. only a peer that failed, or whose link failed again, is suspected, and who says so of one peer
+   after the other until no unsuspected one is left: then it may be the one that is cut off. A
+   suspect serves again only when nobody else holds some block, the oldest that holds it first;
 4. NoRoute is raised exactly if some missing block has no server even then;
 5. a trouble that names no hop of the route is of an older route and changes nothing.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from routing.cost import CLIENT, CostModel
@@ -30,9 +33,9 @@ Kind = Literal[
     "failed",
     "broke_word",
 ]
-Retried = frozenset[tuple[str, Span]]
 
 _MAY_BE_THE_LINK: frozenset[Kind] = frozenset({"link", "downlink"})
+_TOLD_BY_THE_HOP_BEFORE: frozenset[Kind] = frozenset({"link", "silent", "unreachable"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,18 @@ class Trouble:
     peer: str
     span: Span
     kind: Kind
+    is_seen_by_client: bool = False  # on its own stream to the last hop, not told by the hop before
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What repairs have done since the last output: the next output empties it."""
+
+    links: frozenset[tuple[str, Span]] = frozenset()  # hops whose link was dialled again
+    accusers: frozenset[str] = frozenset()  # peers by whose word the hop after them was replaced
+
+
+NOTHING_RETRIED = Retried()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,7 @@ class Repair:
 
     hops: tuple[RepairedHop, ...]
     suspects: tuple[str, ...]  # oldest first
-    retried: Retried  # hops whose link was tried again; the next output empties it
+    retried: Retried
     blamed: frozenset[str]  # whom this repair suspects, also if forgiven at once
 
 
@@ -74,17 +89,18 @@ def repair(
     blocks: int,
     cost: CostModel,
     *,
-    retried: Set[tuple[str, Span]] = frozenset(),
+    retried: Retried = NOTHING_RETRIED,
     suspects: Sequence[str] = (),
     needed_tokens: int = 0,
     seed: int | None = None,
 ) -> Repair:
     """Act on all troubles at once and return the hops of the next epoch.
 
-    A hop is kept and its link dialled again if the trouble may be the link's and (peer, span) is
-    not in `retried`, or if the hop before is replaced: then the link is another. Otherwise its
-    peer is suspected and all hops of a peer that failed are replaced. A peer that refused is
-    replaced and not used in this repair, without suspicion.
+    A hop is kept and its link dialled again if the trouble may be the link's and was not
+    `retried`, or if the hop before is replaced: then the link is another. Otherwise its peer is
+    suspected and all hops of a peer that failed are replaced. A peer that refused is replaced and
+    not used in this repair, without suspicion. A peer that accuses again, between two outputs,
+    while nobody unsuspected is left for those blocks is suspected and replaced too.
 
     Missing hops side by side are replaced as one run, by the cheapest chain between the hops before
     and after it, both links included; where none is left, by way of the client. Healthy peers of
@@ -101,36 +117,40 @@ def repair(
             f"route, model and cost are of {hops[-1].span.stop}, {blocks} and "
             f"{cost.work.blocks} blocks"
         )
-    verdict = _judge(hops, troubles, retried)
-    suspected = [peer for peer in suspects if peer not in verdict.blamed] + list(verdict.blamed)
-    missing = [hops[place].span for place in sorted(verdict.missing)]
-    kept = [hop for place, hop in enumerate(hops) if place not in verdict.missing]
-    offers = [offer for offer in offers if not _has_moved(offer, kept)]
-    usable = _with_forgiveness(suspected, verdict, offers, blocks, missing, needed_tokens)
+    search = _Search(hops, tuple(suspects), offers, blocks, needed_tokens)
+    verdict = search.doubting(_judge(hops, troubles, retried))
+    usable, suspected = search.with_forgiveness(verdict)
     repaired = _Rebuilding(hops, usable, cost, seed).without(verdict.missing)
     return Repair(
         hops=tuple(
             RepairedHop(hop.peer, hop.span, "keep" if hop in hops else "new") for hop in repaired
         ),
         suspects=tuple(suspected),
-        retried=frozenset(retried) | verdict.redialled,
+        retried=Retried(
+            retried.links | verdict.redialled, retried.accusers | frozenset(verdict.accusers)
+        ),
         blamed=frozenset(verdict.blamed),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """What the troubles come to; `blamed` in the order in which they were heard."""
+    """What the troubles come to; peers in the order in which they were heard of."""
 
     missing: frozenset[int]  # places on the route
-    redialled: Retried
+    redialled: frozenset[tuple[str, Span]]
     blamed: tuple[str, ...]
     refused: frozenset[str]
+    accusers: tuple[str, ...]  # by whose word somebody is blamed
+    doubted: tuple[str, ...]  # those of them that were accusers before
+
+    def with_doubted_blamed(self, hops: Sequence[Hop]) -> "_Verdict":
+        blamed = tuple(dict.fromkeys((*self.blamed, *self.doubted)))
+        places = {place for place, hop in enumerate(hops) if hop.peer in blamed}
+        return replace(self, missing=self.missing | places, blamed=blamed)
 
 
-def _judge(
-    hops: tuple[Hop, ...], troubles: Sequence[Trouble], retried: Set[tuple[str, Span]]
-) -> _Verdict:
+def _judge(hops: tuple[Hop, ...], troubles: Sequence[Trouble], retried: Retried) -> _Verdict:
     heard = [each for each in troubles if Hop(each.peer, each.span) in hops]
     refused = frozenset(each.peer for each in heard if each.kind == "refused")
     blamed = [
@@ -146,12 +166,32 @@ def _judge(
             continue
         if at_fault == {"link"} and place - 1 in missing:
             continue  # it will be dialled by another
-        if (hop.peer, hop.span) in retried:
+        if (hop.peer, hop.span) in retried.links:
             missing.add(place)
             blamed.append(hop.peer)
         else:
             redialled.add((hop.peer, hop.span))
-    return _Verdict(frozenset(missing), frozenset(redialled), tuple(dict.fromkeys(blamed)), refused)
+    accusers = [
+        before.peer
+        for before, hop in pairwise(hops)
+        if hop.peer in blamed
+        and before.peer not in blamed
+        and any(_is_accused(hop, each) for each in heard)
+    ]
+    return _Verdict(
+        missing=frozenset(missing),
+        redialled=frozenset(redialled),
+        blamed=tuple(dict.fromkeys(blamed)),
+        refused=refused,
+        accusers=tuple(accusers),
+        doubted=tuple(peer for peer in accusers if peer in retried.accusers),
+    )
+
+
+def _is_accused(hop: Hop, trouble: Trouble) -> bool:
+    """Return whether this is what the hop before says of this one."""
+    is_of_it = Hop(trouble.peer, trouble.span) == hop and not trouble.is_seen_by_client
+    return is_of_it and trouble.kind in _TOLD_BY_THE_HOP_BEFORE
 
 
 def _has_moved(offer: Offer, kept: Sequence[Hop]) -> bool:
@@ -159,21 +199,56 @@ def _has_moved(offer: Offer, kept: Sequence[Hop]) -> bool:
     return any(offer.peer == hop.peer and not offer.span.covers(hop.span) for hop in kept)
 
 
-def _with_forgiveness(
-    suspected: list[str],
-    verdict: _Verdict,
-    offers: Sequence[Offer],
-    blocks: int,
-    missing: Sequence[Span],
-    needed_tokens: int,
-) -> list[Offer]:
-    """Return the usable offers, having struck from `suspected` as few as it takes, oldest first."""
-    while True:
-        avoid = verdict.refused.union(suspected)
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Who may serve what a verdict leaves missing. `suspects`: of before it, oldest first."""
+
+    hops: tuple[Hop, ...]
+    suspects: tuple[str, ...]
+    offers: Sequence[Offer]
+    blocks: int
+    needed_tokens: int
+
+    def doubting(self, verdict: _Verdict) -> _Verdict:
+        """Return the verdict; on its doubted accusers too, if it leaves nobody unforgiven to serve
+        and their blocks have some server.
+        """
         try:
-            return usable_offers(offers, blocks, missing, needed_tokens=needed_tokens, avoid=avoid)
-        except NoRoute as gap:
-            suspected.remove(_oldest_that_helps(suspected, gap, offers, needed_tokens, verdict))
+            self._usable(verdict, self._suspected(verdict))
+        except NoRoute:
+            harder = verdict.with_doubted_blamed(self.hops)
+            with suppress(NoRoute):
+                self.with_forgiveness(harder)
+                return harder
+        return verdict
+
+    def with_forgiveness(self, verdict: _Verdict) -> tuple[list[Offer], list[str]]:
+        """Return the usable offers, and the suspects less as few as it takes, oldest first."""
+        suspected = self._suspected(verdict)
+        while True:
+            try:
+                return self._usable(verdict, suspected), suspected
+            except NoRoute as gap:
+                helpful = _oldest_that_helps(
+                    suspected, gap, self._unmoved(verdict), self.needed_tokens, verdict
+                )
+                suspected.remove(helpful)
+
+    def _suspected(self, verdict: _Verdict) -> list[str]:
+        return [peer for peer in self.suspects if peer not in verdict.blamed] + list(verdict.blamed)
+
+    def _unmoved(self, verdict: _Verdict) -> list[Offer]:
+        kept = [hop for place, hop in enumerate(self.hops) if place not in verdict.missing]
+        return [offer for offer in self.offers if not _has_moved(offer, kept)]
+
+    def _usable(self, verdict: _Verdict, suspected: Sequence[str]) -> list[Offer]:
+        return usable_offers(
+            self._unmoved(verdict),
+            self.blocks,
+            [self.hops[place].span for place in sorted(verdict.missing)],
+            needed_tokens=self.needed_tokens,
+            avoid=verdict.refused.union(suspected),
+        )
 
 
 def _oldest_that_helps(

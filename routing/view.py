@@ -13,7 +13,7 @@ there. The lot gives each client others, near ones among them: who answers draws
 It is also what remains to choose from when liars claim to be the fastest and the roomiest.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from hashlib import blake2b
 
 from routing.offer import Offer
@@ -21,6 +21,9 @@ from routing.offer import Offer
 FAST = 4
 ROOMY = 2
 DRAWN = 2
+
+WARM = 3  # linked servers of each block: one that works and two to take over
+MOST_WARMED = 8  # dialled in one go
 
 # One way across a continent: what coming to a server costs, besides its blocks, where nobody has
 # measured it. A long span pays it once.
@@ -59,6 +62,28 @@ def best_offers(offers: Iterable[Offer], blocks: int, seed: str) -> tuple[Offer,
     others = [offer for offer in ranked(chance) if offer.peer not in shown]
     drawn = _first_per_block(others, blocks, DRAWN)
     return tuple({each.peer: each for each in (*roomiest, *fastest, *drawn, *roomy)}.values())
+
+
+def spares(offers: Iterable[Offer], linked: Set[str], blocks: int) -> list[str]:
+    """Return whom a client should be linked to besides, fastest first.
+
+    A repair over a link that stands takes a fraction of one that has to be dialled. So each block
+    should have WARM linked servers, as far as there are so many; at most MOST_WARMED at a time.
+    """
+    usable = [offer for offer in offers if offer.is_online and offer.span.stop <= blocks]
+    missing = [WARM] * blocks
+    for offer in usable:
+        if offer.peer in linked:
+            for block in offer.span.blocks:
+                missing[block] -= 1
+    chosen = []
+    others = [offer for offer in usable if offer.peer not in linked]
+    for offer in sorted(others, key=lambda each: (_seconds_per_block(each, blocks), each.peer)):
+        if max(missing[offer.span.start : offer.span.stop]) > 0:
+            chosen.append(offer.peer)
+            for block in offer.span.blocks:
+                missing[block] -= 1
+    return chosen[:MOST_WARMED]
 
 
 def _first_per_block(order: Sequence[Offer], blocks: int, count: int) -> list[Offer]:

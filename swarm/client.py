@@ -16,11 +16,14 @@ from random import Random
 import trio
 
 from routing.cost import CostModel, Work
+from routing.offer import Offer
 from routing.repair import Repair, repair
 from routing.route import NoRoute as Gap
 from routing.route import Route
 from routing.search import fastest_route
+from routing.view import spares
 from swarm.client_session import Broken, ClientSession, open_session
+from swarm.digests import outvoted
 from swarm.errors import NoRoute, PeerFault, Refusal, SwarmError, Unreachable
 from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
 from swarm.identity import Identity
@@ -28,7 +31,7 @@ from swarm.invite import Invite
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
-from swarm.record import PeerRecord
+from swarm.record import PeerRecord, offer_of
 from swarm.suspects import Suspects
 from swarm.tables import MOST_KNOWN, Given, fetch_table, fetch_view
 from swarm.tasks import open_tasks
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 
 VIEW_SECONDS = 5.0
 LAGGARD_SECONDS = 0.3
+FRESH_SECONDS = 1.0  # records read since then are not read again for the next try at a route
 REFRESH_SECONDS = 5.0  # a newcomer may take over this soon; a record lives for some 35
 FILES_SECONDS = 60.0
 PROBE_SECONDS = 1.0
@@ -81,6 +85,8 @@ class Client:
         self.table = table
         self._identity = identity
         self._seed = Random().getrandbits(32)
+        self._read_at = float("-inf")
+        self._avoided: frozenset[str] = frozenset()  # when the records were last read
         self.whereabouts = Whereabouts(self._seed)
 
     def session(
@@ -102,12 +108,17 @@ class Client:
 
     async def find_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
         """Return the route with the least expected seconds for a decode step. NoRoute if none."""
-        if avoid or not self.records():
+        # Suspects are forgiven one by one: each time the same records would be read.
+        is_fresh = bool(avoid) and avoid <= self._avoided
+        is_fresh &= trio.current_time() - self._read_at < FRESH_SECONDS
+        if not self.records() or (avoid and not is_fresh):
             await self.refresh(avoid)
             return self._best_route(avoid, needed_tokens)
         try:
             return self._best_route(avoid, needed_tokens)
         except NoRoute:
+            if is_fresh:
+                raise
             await self.refresh(avoid)  # somebody may have come meanwhile
             return self._best_route(avoid, needed_tokens)
 
@@ -128,7 +139,7 @@ class Client:
             return repair(
                 broken.hops,
                 broken.troubles,
-                self.table.offers(trio.current_time()),
+                self._offers(),
                 self.model.card.blocks,
                 self._cost(),
                 retried=broken.retried,
@@ -142,7 +153,7 @@ class Client:
     def _best_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
         try:
             return fastest_route(
-                self.table.offers(trio.current_time()),
+                self._offers(),
                 self.model.card.blocks,
                 self._cost(),
                 seed=self._seed,
@@ -151,6 +162,12 @@ class Client:
             )
         except Gap as gap:
             raise no_route(gap) from gap
+
+    def _offers(self) -> list[Offer]:
+        """Whom a route may use: not those whose weights most others contradict."""
+        records = self.records()
+        wrong = outvoted(records)
+        return [offer_of(record) for record in records if record.peer not in wrong]
 
     def _cost(self) -> CostModel:
         work = Work(
@@ -191,21 +208,29 @@ class Client:
         for record in self.records():
             if record.sequence > before.get(record.peer, 0):
                 self._suspects.heard_of(record.peer, now)
-            self.host.learn(record.peer, record.addresses)
+        self._read_at, self._avoided = now, frozenset(avoid)
 
     async def keep_records(self) -> None:
-        """Read the records again and again, so that a repair has fresh ones at hand."""
+        """Read the records again and again, so that a repair has fresh ones at hand, and be linked
+        to spare servers of every block, so that it need not dial.
+        """
         while True:
             await trio.sleep(REFRESH_SECONDS)
             now = trio.current_time()
             self.table.expire(now)
-            await self.refresh(self._suspects.at(now))
+            suspects = self._suspects.at(now)
+            await self.refresh(suspects)
+            offers = [offer for offer in self._offers() if offer.peer not in suspects]
+            await self._measure_all(spares(offers, self.host.links(), self.model.card.blocks))
 
     async def measure(self) -> None:
         """Measure the round trip to each server, or to a sample of many; never raises."""
         peers = sorted(record.peer for record in self.records())
         if len(peers) > MOST_PROBED:
             peers = Random(self._seed).sample(peers, MOST_PROBED)
+        await self._measure_all(peers)
+
+    async def _measure_all(self, peers: Sequence[str]) -> None:
         async with trio.open_nursery() as nursery:
             for peer in peers:
                 nursery.start_soon(self._measure, peer)
@@ -240,8 +265,6 @@ async def open_client(
             "nobody serves a model in this swarm yet",
             next_step="wait for a server to finish loading, then try again",
         )
-    for record in records:
-        host.learn(record.peer, record.addresses)
     model = await fetch_model(host, records, cache)
     pulse = Pulse(host)
     async with open_tasks() as nursery:
@@ -320,6 +343,8 @@ async def _read_all(host: Host, table: PeerTable, fetch: Callable[[str], Awaitab
     async with trio.open_nursery() as nursery:
         for peer in sorted(host.links()):
             nursery.start_soon(take, peer, nursery.cancel_scope)
+    for record in table.records(trio.current_time()):
+        host.learn(record.peer, record.addresses)  # a table's holder knows whom it may dial
 
 
 async def _take(given: Given, peer: str, table: PeerTable) -> None:

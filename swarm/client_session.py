@@ -21,11 +21,10 @@ from routing import repair
 from routing.route import Hop, Route
 from routing.span import Span
 from swarm.chain import Dial, Payload, Send, Shut
-from swarm.errors import NoRoute, Refusal, SwarmError, Unreachable
+from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.identity import Identity
 from swarm.links import Links
 from swarm.messages import AnyMessage, FaultKind, HopName, Open, Output, Wanted, Wish
-from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
 from swarm.suspects import Suspects
@@ -33,7 +32,6 @@ from swarm.tasks import open_tasks
 from swarm.transport import Host
 
 OPEN_VALID_SECONDS = 60.0
-SILENCE_SECONDS = 5.0
 ANSWER_SECONDS = 600.0
 RETRY_SECONDS = 0.25
 CLOSE_SECONDS = 2.0
@@ -91,7 +89,6 @@ class ClientSession:
     ) -> None:
         self.journal = Journal()
         self.max_tokens = max_tokens
-        self._host = host
         self._identity = identity
         self._find_route = find_route
         self._wall_clock = wall_clock
@@ -111,7 +108,7 @@ class ClientSession:
         self._outputs: deque[Output] = deque()
         self._news = trio.Event()
         self._positions = 0
-        self._retried: repair.Retried = frozenset()
+        self._retried = repair.NOTHING_RETRIED
         self._repairs = 0
         self._deadline = float("inf")  # of finding a route, since the last output
 
@@ -147,15 +144,13 @@ class ClientSession:
             if self._troubles:
                 await self._repair()
             self._news = trio.Event()
-            with trio.move_on_after(SILENCE_SECONDS) as scope:
+            with trio.move_on_at(deadline) as scope:
                 if not self._outputs and not self._troubles:
                     await self._news.wait()
             if scope.cancelled_caught:
-                await self._look_for_the_silent()
-                if trio.current_time() > deadline:
-                    raise Unreachable(f"no answer came for {ANSWER_SECONDS:g} seconds")
+                raise Unreachable(f"no answer came for {ANSWER_SECONDS:g} seconds")
         self._repairs = 0
-        self._retried = frozenset()
+        self._retried = repair.NOTHING_RETRIED
         return self._outputs.popleft()
 
     def close(self) -> None:
@@ -206,14 +201,14 @@ class ClientSession:
             return
         for trouble in troubles:
             if trouble.peer:
-                self._suspect(trouble, now)
+                self._suspect(trouble.peer, now, trouble.retry_seconds)
         self.journal.replayed_tokens += self._positions
         await self._take_route(last)
         self._troubles.clear()  # they were of the route just left
 
     async def _mend(self, troubles: Sequence[Trouble], now: float) -> bool:
         """Replace the lost hops only. False where that is in doubt, or finds no server."""
-        in_doubt = any(trouble.failure == "broke_word" for trouble in troubles)
+        in_doubt = any(trouble.failure in ("broke_word", "dropped") for trouble in troubles)
         if self._repair_route is None or in_doubt or self._repairs > MOST_MENDS:
             return False
         route = self._session.route
@@ -230,7 +225,9 @@ class ClientSession:
         self._retried = mended.retried
         for trouble in troubles:
             if trouble.peer in mended.blamed or trouble.failure in ("refused", "draining"):
-                self._suspect(trouble, now)
+                self._suspect(trouble.peer, now, trouble.retry_seconds)
+        for peer in sorted(mended.blamed - {trouble.peer for trouble in troubles}):
+            self._suspect(peer, now)  # for what it said of others
         if any(hop.mode == "new" for hop in mended.hops):
             self.journal.replayed_tokens += self._positions
         hops = [HopName(hop.peer, str(hop.span), hop.mode) for hop in mended.hops]
@@ -238,11 +235,11 @@ class ClientSession:
         self._carry_out(self._session.reroute(hops, attach=is_forgotten))
         return True
 
-    def _suspect(self, trouble: Trouble, now: float) -> None:
+    def _suspect(self, peer: str, now: float, retry_seconds: float = 0.0) -> None:
         # The first time a false accusation is likelier than a peer that needs a rest.
         rest = min(RETRY_SECONDS * 2 ** (self._repairs - 2), MOST_REST_SECONDS)
         rest = 0.0 if self._repairs == 1 else rest
-        self._suspects.add(trouble.peer, now, max(rest, trouble.retry_seconds))
+        self._suspects.add(peer, now, max(rest, retry_seconds))
 
     async def _take_route(self, last: Trouble | None = None) -> None:
         """Find a route, forgiving suspects oldest first, until the deadline.
@@ -263,20 +260,6 @@ class ClientSession:
                     await trio.sleep(RETRY_SECONDS)
         hops = [(hop.peer, str(hop.span)) for hop in route.hops]
         self._carry_out(self._session.take_route(hops))
-
-    async def _look_for_the_silent(self) -> None:
-        """Accuse the hops that we are linked to and that do not answer a probe."""
-        linked = [hop for hop in self._session.route if hop.peer in self._host.links()]
-
-        async def ask(peer: str, span: str) -> None:
-            try:
-                await measure_round_trip(self._host, peer, within=SILENCE_SECONDS)
-            except SwarmError as error:
-                self._troubles.append(Trouble("silent", peer, span, error.message))
-
-        async with trio.open_nursery() as nursery:
-            for hop in linked:
-                nursery.start_soon(ask, hop.peer, hop.span)
 
     def _sign(self, opened: Open) -> Open:
         dated = msgspec.structs.replace(opened, valid_until=self._wall_clock() + OPEN_VALID_SECONDS)
@@ -300,9 +283,9 @@ async def open_session(
     """Open a session for at most `max_tokens` positions; close it on the way out.
 
     With `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
-    `pulse` tells of hops that fall silent; `suspects` may be shared by the sessions of a client,
-    so that one need not learn what another has. Raises NoRoute if no route is found within
-    `route_seconds`, now or at a repair.
+    `pulse` tells of hops that fall silent, nothing else does; `suspects` may be shared by the
+    sessions of a client, so that one need not learn what another has. Raises NoRoute if no route is
+    found within `route_seconds`, now or at a repair.
     """
     async with open_tasks() as nursery:
         session = ClientSession(
@@ -336,10 +319,10 @@ def _refusal(trouble: Trouble) -> Refusal:
 
 
 def _as_routing(trouble: Trouble) -> list[repair.Trouble]:
-    """The trouble in routing's words; none for a downlink that was only forgotten."""
+    """The trouble in routing's words; none if it is nobody's."""
     kind: repair.Kind
     match trouble.failure:
-        case "forgotten":
+        case "forgotten" | "dropped":
             return []
         case "closed":
             kind = "downlink" if trouble.is_downlink else "link"
@@ -347,4 +330,4 @@ def _as_routing(trouble: Trouble) -> list[repair.Trouble]:
             kind = "refused"
         case "silent" | "unreachable" | "failed" | "broke_word":
             kind = trouble.failure
-    return [repair.Trouble(trouble.peer, Span.parse(trouble.span), kind)]
+    return [repair.Trouble(trouble.peer, Span.parse(trouble.span), kind, trouble.is_downlink)]

@@ -22,7 +22,9 @@ from swarm.messages import CHAIN_PROTOCOL, AnyMessage, FaultKind, Message
 from swarm.pulse import Pulse
 from swarm.transport import Host, MessageStream
 
-OPEN_SECONDS = 5.0
+# Dialling takes three round trips: enough over a satellite. A longer wait for a peer that is gone
+# is a longer gap in somebody's text, and no pulse covers it.
+OPEN_SECONDS = 2.5
 WRITE_SECONDS = 20.0
 # Credit bounds the data; this bounds the messages around it.
 MOST_UNWRITTEN = 8192
@@ -43,7 +45,6 @@ class _Link:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.stream: MessageStream | None = None
         self.unwritten: deque[Message] = deque()
         self.is_shut = False
         self.is_overfull = False

@@ -16,6 +16,7 @@ import trio
 from routing.offer import Offer
 from routing.span import Span
 from swarm import __version__
+from swarm.digests import contradicted, outvoted
 from swarm.errors import BadInput, SwarmError
 from swarm.files import serve_files
 from swarm.gossip import Gossip
@@ -26,7 +27,7 @@ from swarm.pace import Pace, PacedExecutor, Speeds
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
 from swarm.pulse import Pulse
-from swarm.record import PeerRecord, State, place_of
+from swarm.record import PeerRecord, State, digests_of, place_of
 from swarm.server import Room, Server
 from swarm.tasks import open_tasks
 from swarm.transport import Host
@@ -54,6 +55,8 @@ class Holding:
     speeds: Speeds
     dtype: str
     device: str
+    quantization: str = "none"
+    digests: bytes = b""  # of its blocks, as a record tells them
     close: Callable[[], None] = lambda: None
 
 
@@ -92,6 +95,7 @@ class Node:
         self._serving: _Serving | None = None
         self._joining: tuple[Span, Speeds] | None = None
         self._is_stepping_back = False
+        self._outvoted: tuple[Span, ...] = ()
         self._pulse = pulse
 
     @property
@@ -118,12 +122,14 @@ class Node:
         await self._announce()
 
     async def hold(self, holding: Holding) -> None:
-        """Begin to serve, and announce it. BadInput if what it would announce fits no record.
+        """Begin to serve, and announce it. BadInput if what it would announce fits no record, or
+        if its weights are not those that the swarm serves.
 
         One span at a time: what was held before is released first.
         """
         if self._serving is not None:
             raise RuntimeError("a node serves one span at a time")
+        self._refuse_strange(holding)
         room = Room(
             span=holding.span,
             fingerprint=self._description.fingerprint,
@@ -200,6 +206,8 @@ class Node:
                 free_tokens=serving.server.free_tokens,
                 dtype=held.dtype,
                 device=held.device,
+                quantization=held.quantization,
+                digests=held.digests,
             )
         if self._joining is not None:
             return self._record(self._joining[0], "joining", self._joining[1])
@@ -214,6 +222,8 @@ class Node:
         free_tokens: int = 0,
         dtype: str = "",
         device: str = "",
+        quantization: str = "none",
+        digests: bytes = b"",
     ) -> PeerRecord:
         told = self._description
         return PeerRecord(
@@ -235,10 +245,24 @@ class Node:
             free_tokens=free_tokens,
             dtype=dtype,
             device=device,
+            quantization=quantization,
+            digests=digests,
             place=place_of(self.whereabouts.coordinate),
             name=self._name,
             version=__version__,
         )
+
+    def _refuse_strange(self, holding: Holding) -> None:
+        """BadInput if others hold other weights of these blocks, and nobody the same."""
+        own = digests_of(holding.span, holding.digests)
+        others = [record for record in self.records() if record.peer != self.host.peer]
+        strange = contradicted(own, others)
+        if strange:
+            spans = ", ".join(map(str, strange))
+            raise BadInput(
+                f"the weights of blocks {spans} here are not those that others of the swarm serve",
+                next_step="fetch the checkpoint again, or serve the model that the token is for",
+            )
 
     async def _announce(self) -> None:
         """Spread what is true now. Who has said goodbye says nothing more."""
@@ -252,12 +276,21 @@ class Node:
             await trio.sleep(REFRESH_SECONDS)
             if self.is_leaving or (self._serving is None and self._joining is None):
                 continue
+            self._tell_if_outvoted()
             now = self.record()
             if told is None or now.state != told.state or now.addresses != told.addresses:
                 await self._announce()
             elif now != told:
                 self.gossip.refresh(now)
             told = now
+
+    def _tell_if_outvoted(self) -> None:
+        """Warn, once for each change, when most others hold other weights of the same blocks."""
+        wrong = outvoted(self.records()).get(self.host.peer, ())
+        if wrong and wrong != self._outvoted:
+            spans = ", ".join(map(str, wrong))
+            log.warning("blocks %s here differ from those of most others: damaged?", spans)
+        self._outvoted = wrong
 
     async def measure_links(self) -> None:
         """Measure the round trips to those linked to again and again, until cancelled."""

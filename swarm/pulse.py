@@ -152,7 +152,7 @@ class Watch:
 @dataclass(slots=True, eq=False)
 class _Watched:
     peer: str
-    heart: Heart = field(default_factory=Heart)
+    heart: Heart
     watches: list[Watch] = field(default_factory=list)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -175,6 +175,7 @@ class Pulse:
         self._lag = Lag()
         self._next_tick = float("inf")
         self._watched: dict[str, _Watched] = {}
+        self._known: dict[str, Heart] = {}  # of peers no longer watched, the oldest first
         self._askers: dict[str, trio.CancelScope] = {}
         self._paid_until: dict[str, float] = {}  # by asker: see `_charge`
         self._nursery: trio.Nursery | None = None
@@ -194,7 +195,7 @@ class Pulse:
         """
         watched = self._watched.get(peer)
         if watched is None:
-            watched = self._watched[peer] = _Watched(peer)
+            watched = self._watched[peer] = _Watched(peer, self._known.pop(peer, Heart()))
             self._start(watched)
         watch = Watch(peer, on_silent, trio.current_time(), self._release)
         watched.watches.append(watch)
@@ -236,6 +237,10 @@ class Pulse:
         if not watched.watches:
             del self._watched[watch.peer]
             watched.scope.cancel()
+            watched.heart.heard()
+            self._known[watch.peer] = watched.heart  # watched again, it is no stranger
+            if len(self._known) > MOST_WATCHED:
+                del self._known[next(iter(self._known))]
 
     # our own clock
 

@@ -97,9 +97,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def block_digests(self) -> dict[int, bytes]:
         """The digest of each block it holds, if it tells them."""
-        starts = range(0, len(self.digests), DIGEST_BYTES)
-        parts = [self.digests[start : start + DIGEST_BYTES] for start in starts]
-        return dict(zip(self.held.blocks, parts, strict=False))
+        return digests_of(self.held, self.digests)
 
     @property
     def is_gone(self) -> bool:
@@ -151,6 +149,13 @@ def claimed_record(signed: bytes) -> PeerRecord:
     PeerFault if it is malformed or oversized.
     """
     return _parse(signed)[2]
+
+
+def digests_of(span: Span, joined: bytes) -> dict[int, bytes]:
+    """Return each block's digest; none if `joined` is empty."""
+    starts = range(0, len(joined), DIGEST_BYTES)
+    parts = [joined[start : start + DIGEST_BYTES] for start in starts]
+    return dict(zip(span.blocks, parts, strict=False))
 
 
 def place_of(coordinate: Coordinate) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ def status_of(
     from collections import Counter
 
     from routing.coverage import coverage, uncovered
+    from swarm.digests import outvoted
     from swarm.record import offer_of
 
     if not records:
@@ -43,6 +44,7 @@ def status_of(
     ours = [r for r in records if (r.fingerprint, r.blocks) == (fingerprint, blocks)]
     offers = [offer_of(record) for record in ours]
     gaps = [str(span) for span in uncovered(offers, blocks)]
+    wrong = outvoted(ours)
     ordered = sorted(ours, key=lambda record: (record.held.start, record.held.stop, record.peer))
     return {
         "model": ours[0].model_name,
@@ -51,7 +53,13 @@ def status_of(
         "healthy": not gaps,
         "coverage": [round(speed, 3) for speed in coverage(offers, blocks)],
         "uncovered": gaps,
-        "peers": [_peer(record, round_trips, own) for record in ordered],
+        "peers": [
+            {
+                **_peer(record, round_trips, own),
+                "differs": [str(span) for span in wrong.get(record.peer, ())],
+            }
+            for record in ordered
+        ],
     }
 
 
@@ -124,7 +132,7 @@ def _row(peer: Mapping[str, Any], blocks: int) -> list["Text"]:
         peer["name"],
         peer["span"],
         held,
-        peer["state"],
+        "damaged?" if peer["differs"] else peer["state"],
         peer["dtype"] if peer["quant"] == "none" else peer["quant"],
         f"{peer['tokens_per_second']:.1f}",
         "?" if rtt is None else f"{rtt:.1f}",

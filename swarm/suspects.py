@@ -2,12 +2,15 @@
 
 1. Being suspected costs a peer our custom, never its place: it serves when nobody else can.
 2. A suspicion ends after SUSPICION_SECONDS, when it is the oldest and somebody is needed, or when
-   its peer is heard of again.
+   its peer has said something since.
 """
 
 from dataclasses import dataclass
 
 SUSPICION_SECONDS = 60.0
+# What a peer said just before it fell silent comes round by gossip within a second, and to the
+# client when it next reads a table: every five. Heard of later, it lives.
+LATE_NEWS_SECONDS = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,12 @@ class Suspects:
         return False
 
     def heard_of(self, peer: str, now: float) -> None:
-        """The peer has said something of itself: it lives. Its rest is left to it."""
+        """There is news of the peer: it lives, unless the news may be older than the suspicion.
+
+        Its rest is left to it.
+        """
         suspicion = self._suspicions.get(peer)
-        if suspicion is not None and suspicion.until <= now:
+        if suspicion is None:
+            return
+        if now >= max(suspicion.until, suspicion.since + LATE_NEWS_SECONDS):
             del self._suspicions[peer]

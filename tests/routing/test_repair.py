@@ -7,7 +7,7 @@ from swarm_builders import decode_cost, offer, random_cost, random_swarm
 
 from routing.cost import CLIENT
 from routing.offer import Offer
-from routing.repair import Kind, Repair, Trouble, repair
+from routing.repair import Kind, Repair, Retried, Trouble, repair
 from routing.route import Hop, NoRoute, check_joined
 from routing.search import fastest_route
 from routing.span import Span
@@ -24,6 +24,7 @@ def mend(
     troubles: Sequence[Trouble],
     *others: Offer,
     retried: Sequence[str] = (),
+    accusers: Sequence[str] = (),
     suspects: Sequence[str] = (),
     needed_tokens: int = 0,
     rtt: dict[tuple[str, str], float] | None = None,
@@ -34,7 +35,10 @@ def mend(
         [*OFFERS, *others],
         12,
         decode_cost(12, rtt),
-        retried={(hop.peer, hop.span) for hop in ROUTE if hop.peer in retried},
+        retried=Retried(
+            frozenset((hop.peer, hop.span) for hop in ROUTE if hop.peer in retried),
+            frozenset(accusers),
+        ),
         suspects=suspects,
         needed_tokens=needed_tokens,
     )
@@ -53,13 +57,13 @@ def test_a_peer_that_failed_is_suspected_and_only_its_blocks_are_replaced(kind: 
     assert written(made) == ["a", "x 4:8 new", "c"]
     assert made.suspects == ("old", "b")
     assert made.blamed == {"b"}
-    assert not made.retried
+    assert not made.retried.links
 
 
 def test_a_broken_link_is_dialled_again_once_between_two_outputs() -> None:
     made = mend([trouble("b", "link")], offer("x", "4:8"))
     assert written(made) == ["a", "b", "c"]
-    assert made.retried == {("b", Span(4, 8))}
+    assert made.retried == Retried(frozenset({("b", Span(4, 8))}))
     assert not made.blamed
     again = mend([trouble("b", "link")], offer("x", "4:8"), retried=["b"])
     assert written(again) == ["a", "x 4:8 new", "c"]
@@ -71,6 +75,46 @@ def test_a_closed_downlink_is_attached_again_before_the_last_hop_is_blamed() -> 
     assert written(mend([trouble("c", "downlink")], spare)) == ["a", "b", "c"]
     again = mend([trouble("c", "downlink")], spare, retried=["c"])
     assert written(again) == ["a", "b", "x 8:12 new"]
+
+
+def test_who_accuses_one_after_the_other_until_nobody_is_left_is_replaced_too() -> None:
+    spare, other = offer("x", "4:8"), offer("y", "0:4")
+    first = mend([trouble("b", "unreachable")], spare, other)
+    assert first.retried.accusers == {"a"}
+    with_more = mend([trouble("b", "silent")], spare, other, accusers=["a"])
+    assert written(with_more) == ["a", "x 4:8 new", "c"]  # there is one that nobody accused
+    last = mend([trouble("b", "silent")], spare, other, accusers=["a"], suspects=["x"])
+    assert written(last) == ["y 0:4 new", "x 4:8 new", "c"]
+    assert last.blamed == {"a", "b"}
+    assert last.suspects == ("b", "a")
+
+
+def test_who_accuses_again_stays_where_its_blocks_have_nobody_else() -> None:
+    troubles = [trouble("b", "silent")]
+    alone = mend(troubles, offer("x", "4:8"), accusers=["a"], suspects=["x"])
+    assert written(alone) == ["a", "x 4:8 new", "c"]
+    unlisted = [offer("b", "4:8"), offer("x", "4:8"), offer("c", "8:12")]  # a takes no more
+    made = repair(
+        ROUTE,
+        troubles,
+        unlisted,
+        12,
+        decode_cost(12),
+        retried=Retried(accusers=frozenset("a")),
+        suspects=["x"],
+    )
+    assert written(made) == ["a", "x 4:8 new", "c"]
+    assert made.blamed == {"b"}
+
+
+@pytest.mark.parametrize("kind", ["failed", "broke_word", "refused"])
+def test_what_a_hop_says_of_itself_is_no_accusation_by_the_one_before(kind: Kind) -> None:
+    made = mend([trouble("b", kind)], offer("x", "4:8"), offer("y", "0:4"))
+    assert not made.retried.accusers
+    by_client = Trouble("c", Span(8, 12), "silent", is_seen_by_client=True)
+    assert not mend([by_client], offer("y", "8:12")).retried.accusers
+    both_fail = mend([trouble("a", "silent"), trouble("b", "silent")], offer("x", "0:8"))
+    assert not both_fail.retried.accusers
 
 
 def test_a_link_from_a_hop_that_is_replaced_blames_nobody() -> None:
@@ -105,7 +149,7 @@ def test_all_troubles_are_acted_on_in_one_repair() -> None:
     made = mend(troubles, offer("x", "0:4"), offer("y", "8:12"))
     assert written(made) == ["x 0:4 new", "b", "y 8:12 new"]
     assert made.suspects == ("c", "a")  # as they were heard
-    assert made.retried == frozenset()  # b is dialled by another than before
+    assert not made.retried.links  # b is dialled by another than before
 
 
 def test_neighbours_that_fail_together_are_replaced_as_one_run() -> None:
@@ -210,7 +254,7 @@ def test_a_peer_that_failed_is_replaced_at_all_its_places() -> None:
 def test_a_trouble_of_an_older_route_changes_nothing() -> None:
     made = mend([Trouble("b", Span(3, 8), "silent"), Trouble("gone", Span(4, 8), "failed")])
     assert written(made) == ["a", "b", "c"]
-    assert (made.suspects, made.blamed, made.retried) == ((), frozenset(), frozenset())
+    assert (made.suspects, made.blamed, made.retried) == ((), frozenset(), Retried())
 
 
 def test_a_route_of_another_length_than_the_model_is_refused() -> None:
@@ -235,7 +279,10 @@ def test_every_repair_is_a_route_and_every_healthy_hop_stays_unless_it_alone_can
                 for hop in hops
                 if random.random() < 0.6
             ]
-            retried = {(hop.peer, hop.span) for hop in hops if random.random() < 0.4}
+            retried = Retried(
+                frozenset((hop.peer, hop.span) for hop in hops if random.random() < 0.4),
+                frozenset(hop.peer for hop in hops if random.random() < 0.3),
+            )
             made = repair(hops, troubles, offers, blocks, cost, retried=retried, seed=seed)
         except NoRoute:
             continue

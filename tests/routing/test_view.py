@@ -7,7 +7,7 @@ from swarm_builders import offer, random_swarm
 
 from routing.offer import Offer
 from routing.span import Span
-from routing.view import DRAWN, FAST, ROOMY, best_offers
+from routing.view import DRAWN, FAST, MOST_WARMED, ROOMY, best_offers, spares
 
 BLOCKS = 12
 
@@ -132,3 +132,18 @@ def test_equally_fast_servers_are_not_the_same_for_everyone() -> None:
     equals = [offer(f"p{n}", "0:12") for n in range(100)]
     leaders = {best_offers(equals, BLOCKS, str(seed))[0].peer for seed in range(20)}
     assert len(leaders) > 10
+
+
+def test_a_client_is_linked_to_spares_of_each_block_the_fastest_first() -> None:
+    swarm = [offer(name, "0:4", decode=seconds) for name, seconds in SPEEDS]
+    swarm += [offer("tail", "4:8"), offer("gone", "4:8", is_online=False)]
+    assert spares(swarm, {"slow"}, 8) == ["quick", "tail", "usual"]
+    assert spares(swarm, {"slow", "quick", "usual", "tail"}, 8) == []
+
+
+def test_no_more_than_a_few_are_dialled_at_a_time() -> None:
+    swarm = [offer(f"p{block}", f"{block}:{block + 1}") for block in range(40)]
+    assert len(spares(swarm, set(), 40)) == MOST_WARMED
+
+
+SPEEDS = (("slow", 0.09), ("quick", 0.01), ("usual", 0.02), ("fourth", 0.03))

@@ -43,7 +43,11 @@ class ArithmeticExecutor:
     def __init__(self) -> None:
         self.caches: dict[object, list[int]] = {}
         self.jobs: list[StepJob] = []
+        self.is_asked = trio.Event()
         self.is_stuck = False
+        self.most_jobs: int | None = None  # then it is stuck
+        self.can_roll_back = True
+        self.rollbacks = 0
         self.error: str | None = None
         self._done: list[Done] = []
         self._bell = os.eventfd(0, os.EFD_NONBLOCK)
@@ -53,6 +57,11 @@ class ArithmeticExecutor:
             self.caches.pop(job.key, None)
         elif isinstance(job, StepJob):
             self.jobs.append(job)
+            self.is_asked.set()
+            is_rollback = job.start < len(self.caches.get(job.key, ()))
+            self.rollbacks += is_rollback
+            if is_rollback and not self.can_roll_back:
+                self.error = "this family cannot roll back"
             output = self._computed(job)
             done = Done(
                 key=job.key,
@@ -64,7 +73,7 @@ class ArithmeticExecutor:
                 cache_bytes=0,
                 error=self.error,
             )
-            if not self.is_stuck:
+            if not self.is_stuck and (self.most_jobs is None or len(self.jobs) <= self.most_jobs):
                 self._done.append(done)
                 os.eventfd_write(self._bell, 1)
 
@@ -118,6 +127,11 @@ class Served:
         self.executor = ArithmeticExecutor()
         room = Room(span=self.span, fingerprint=FINGERPRINT, cache_tokens=tokens)
         self.server = Server(host, self.executor, room, wall_clock=lambda: NOW)
+
+    @property
+    def positions(self) -> int:
+        """How many positions it computed in all."""
+        return sum(next(iter(job.payload.values()))[1][1] for job in self.executor.jobs)
 
     @property
     def is_clean(self) -> bool:

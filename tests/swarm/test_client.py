@@ -12,7 +12,7 @@ from gossiping import run as run_network
 from routing.repair import NOTHING_RETRIED, Trouble
 from routing.route import Hop
 from routing.span import Span
-from swarm.client import open_client, read_tables, read_views
+from swarm.client import REFRESH_SECONDS, open_client, read_tables, read_views
 from swarm.client_session import Broken
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.files import FileCache, SmallFiles, fingerprint_of, serve_files
@@ -248,6 +248,46 @@ def test_once_one_has_answered_a_silent_one_delays_no_reading(is_known_already: 
         assert table.record_of(near.peer) is not None
 
     run_network(body)
+
+
+def test_whom_a_table_names_can_be_dialled_at_once() -> None:
+    async def body(network: MemoryNetwork, nursery: trio.Nursery) -> None:
+        near, far = (Member(network, IDENTITIES[n], nursery) for n in range(2))
+        for member in (near, far):
+            await member.announce()
+        await far.join(near)
+        await until(lambda: near.knows(far), within=30.0)
+        newcomer = Member(network, IDENTITIES[2], nursery)
+        await newcomer.join(near)
+        await read_tables(newcomer.host, newcomer.table)  # gossip takes them for old news then
+        await newcomer.host.dial(far.peer, within=1.0)
+
+    run_network(body)
+
+
+def test_a_server_whose_weights_most_others_contradict_is_on_no_route(tmp_path: Path) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        honest = [await swarm.add("0:8", digests=b"a" * 48) for _ in range(2)]
+        wrong = b"a" * 42 + b"X" * 6
+        damaged = await swarm.add("0:8", digests=wrong, decode_seconds_per_block=0.0001)
+        await until(lambda: swarm.members[0].knows(damaged), within=30.0)
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            route = await client.find_route(frozenset(), 10)
+            assert route.hops[0].peer in {member.peer for member in honest}
+
+    run(body, tmp_path)
+
+
+def test_a_client_keeps_links_to_servers_that_came_later(tmp_path: Path) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        await swarm.add("0:8")
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            later = await swarm.add("0:8")
+            await until(lambda: later.peer in client.host.links(), within=4 * REFRESH_SECONDS)
+
+    run(body, tmp_path)
 
 
 def test_another_swarms_token_is_refused_and_nobody_is_unreachable(tmp_path: Path) -> None:

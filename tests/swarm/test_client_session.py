@@ -7,7 +7,7 @@ import trio
 from session_worlds import World, run, said_after
 
 from routing.route import Route
-from swarm.client_session import MOST_REPAIRS
+from swarm.client_session import ANSWER_SECONDS, MOST_REPAIRS
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.generate import GenerateSettings, generate
 from swarm.server import GRACE_SECONDS
@@ -66,19 +66,18 @@ def test_a_killed_server_is_replaced_and_the_text_goes_on() -> None:
     run(body)
 
 
-def test_a_silent_server_is_probed_and_replaced() -> None:
+def test_a_route_that_lives_and_does_not_answer_is_waited_for_so_long_and_no_longer() -> None:
+    """A long prompt takes its time, and whoever answers pings accuses nobody."""
+
     async def body(world: World) -> None:
-        _, victim, spare = await world.add("0:2", "2:4", "2:4")
-
-        def on_token(_token: int) -> bool:
-            world.network.cut(world.host.peer, victim.peer)
-            return False
-
+        await world.add("0:2", "2:4")
+        world.servers[1].executor.is_stuck = True
         async with world.session() as session:
-            made = await generate(session, PROMPT, SETTINGS, on_token)
-            assert spare.peer in {peer for peer, _ in session.route}
-        assert made.token_ids == said_after(PROMPT, 12)
-        assert "silent" in {trouble.failure for trouble in session.journal.troubles}
+            began = trio.current_time()
+            with pytest.raises(Unreachable, match="no answer"):
+                await generate(session, PROMPT, SETTINGS)
+            assert trio.current_time() - began == ANSWER_SECONDS
+        assert not session.journal.troubles
 
     run(body)
 

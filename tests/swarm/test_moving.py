@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -73,7 +74,14 @@ class World:
         self.nursery = nursery
         self.all: list[Kept] = []
 
-    async def add(self, span: str, *, is_free: bool = True, refused: tuple[str, ...] = ()) -> Kept:
+    async def add(
+        self,
+        span: str,
+        *,
+        is_free: bool = True,
+        refused: tuple[str, ...] = (),
+        digests: bytes = b"",
+    ) -> Kept:
         identity = IDENTITIES[len(self.all)]
         host = self.network.attach(identity, SECRET)
         is_up = trio.Event()
@@ -95,6 +103,7 @@ class World:
                 speeds=SPEEDS,
                 dtype="float32",
                 device="cpu",
+                digests=digests,
                 close=close,
             )
 
@@ -257,6 +266,28 @@ def test_a_session_goes_on_unchanged_while_its_servers_move() -> None:
             assert ids[3:] == said_after(ids[:3], 50)
             assert session.journal.failovers > 0
         assert world.spans() == ["0:2", "0:2", "2:4", "2:4"]
+
+    run(body)
+
+
+def test_who_would_serve_other_weights_than_the_swarm_is_refused_and_says_goodbye() -> None:
+    async def body(world: World) -> None:
+        founder = await world.add("0:2", is_free=False, digests=b"a" * 12)
+
+        async def join() -> None:
+            async with trio.open_nursery() as nursery:
+                world.nursery = nursery
+                await world.add("1:3", is_free=False, digests=b"X" * 12)
+
+        with pytest.raises(BaseExceptionGroup) as failed:
+            await join()
+        refused: BaseException = failed.value
+        while isinstance(refused, BaseExceptionGroup):
+            refused = refused.exceptions[0]
+        assert isinstance(refused, BadInput)
+        assert "blocks 1:2 here" in refused.message
+        await trio.sleep(2)
+        assert [record.peer for record in founder.node.records()] == [founder.host.peer]
 
     run(body)
 

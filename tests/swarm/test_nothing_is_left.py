@@ -5,8 +5,8 @@ from pathlib import Path
 from random import Random
 
 import trio
+from repair_worlds import mended, watched
 from session_worlds import FINGERPRINT, NOW, Served, World, run, said_after
-from test_repairing import mended, watched
 
 from swarm.client_session import ClientSession, open_session
 from swarm.errors import SwarmError

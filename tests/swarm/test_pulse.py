@@ -12,7 +12,7 @@ from pulsing import LAN, World, run
 
 from swarm.host import open_host
 from swarm.identity import new_identity
-from swarm.pulse import MOST_SECONDS, Heart, Pulse, Watch
+from swarm.pulse import MOST_SECONDS, MOST_WATCHED, Heart, Pulse, Watch
 
 BEAT = 0.25
 
@@ -251,6 +251,29 @@ def test_who_begins_to_watch_a_silent_peer_gives_it_a_wait_of_its_own() -> None:
         await trio.sleep(10)
         world.pulse.watch("far", world.tell)
         assert 0.75 < await world.silence_after(5) < 1.0
+
+    run(body)
+
+
+def test_who_is_watched_again_is_given_what_its_answers_taught() -> None:
+    async def body(world: World) -> None:
+        first = world.pulse.watch("far", lambda _: None)
+        await trio.sleep(3)
+        first.release()
+        await trio.sleep(60)
+        world.network.cut("near", "far")
+        world.pulse.watch("far", world.tell)
+        assert 0.75 < await world.silence_after(5) < 1.0
+
+    run(body)
+
+
+def test_no_more_peers_are_remembered_than_may_be_watched() -> None:
+    async def body(world: World) -> None:
+        for number in range(MOST_WATCHED + 10):
+            world.pulse.watch(f"nobody {number}", lambda _: None).release()
+        assert len(world.pulse._known) == MOST_WATCHED
+        assert f"nobody {MOST_WATCHED + 9}" in world.pulse._known
 
     run(body)
 

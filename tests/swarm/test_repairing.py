@@ -1,132 +1,85 @@
 """A lost hop costs its own blocks: what stays keeps what it has, and the text goes on."""
 
-from collections.abc import Callable, Sequence
-
 import pytest
 import trio
-from session_worlds import (
-    BLOCKS,
-    FINGERPRINT,
-    NOW,
-    Served,
-    World,
-    run,
-    said_after,
+from repair_worlds import (
+    HURT_AT,
+    PROMPT,
+    TOKENS,
+    CountingHost,
+    after,
+    cut_off,
+    kill,
+    nothing,
+    told,
+    watched,
 )
+from session_worlds import World, run, said_after
 
-from routing.cost import CostModel, MeasuredLinks, Work
-from routing.offer import Offer
-from routing.repair import Repair, repair
-from routing.route import NoRoute as Gap
-from swarm.client import no_route
-from swarm.client_session import Broken, ClientSession, open_session
-from swarm.generate import GenerateSettings, generate
-from swarm.pulse import Pulse
+from swarm.client_session import ClientSession
+from swarm.errors import NoRoute
 from swarm.server import GRACE_SECONDS
 
-PROMPT = [3, 14, 15, 92]
-TOKENS = 30
-HURT_AT = 12
-COST = CostModel(
-    MeasuredLinks({}, 0.02), Work(blocks=BLOCKS, tokens=1, bytes_per_token=4, is_prefill=False)
-)
-
-Hurt = Callable[[World, ClientSession], None]
-
-
-def positions(served: Served) -> int:
-    """How many positions a server computed in all."""
-    return sum(next(iter(job.payload.values())).shape[1] for job in served.executor.jobs)
-
-
-async def mended(world: World, broken: Broken, needed_tokens: int) -> Repair:
-    offers = [
-        Offer(
-            peer=served.peer,
-            span=served.span,
-            decode_seconds_per_block=0.001,
-            prefill_seconds_per_block_token=0.001,
-            free_tokens=4096,
-        )
-        for served in world.servers
-    ]
-    try:
-        return repair(
-            broken.hops,
-            broken.troubles,
-            offers,
-            BLOCKS,
-            COST,
-            retried=broken.retried,
-            suspects=broken.suspects,
-            needed_tokens=needed_tokens,
-        )
-    except Gap as gap:
-        raise no_route(gap) from gap
-
-
-async def told(
-    world: World, hurt: Hurt, *, pulse: Pulse | None = None
-) -> tuple[list[int], ClientSession, list[float]]:
-    """Generate, and hurt something after some tokens; when each token came."""
-    times: list[float] = []
-    async with open_session(
-        world.host,
-        world.identity,
-        world.find,
-        repair_route=lambda broken, needed: mended(world, broken, needed),
-        pulse=pulse,
-        fingerprint=FINGERPRINT,
-        max_tokens=200,
-        wall_clock=lambda: NOW,
-    ) as session:
-
-        def on_token(_token: int) -> bool:
-            times.append(trio.current_time())
-            if len(times) == HURT_AT:
-                hurt(world, session)
-            return False
-
-        settings = GenerateSettings(most_tokens=TOKENS, end_ids=frozenset())
-        made = await generate(session, PROMPT, settings, on_token)
-        return made.token_ids, session, times
-
-
-def kill(place: int) -> Hurt:
-    return lambda world, session: world.network.kill(session.route[place][0])
-
-
 UNDISTURBED = len(PROMPT) + TOKENS - 1
+LONG = 500  # tokens, of a prompt and what follows it, computed before the loss
+BYTES_PER_ID = 4
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_killed_hop_is_replaced_and_only_its_replacement_replays(place: int) -> None:
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_five_hundred_tokens_are_replayed_by_the_replacements_only_and_past_the_client(
+    lost: tuple[int, ...],
+) -> None:
+    """The client sends them again only if nobody before the lost hop is left to send them."""
+    prompt = [*range(90)] * 3
+    tokens = LONG - len(prompt) + 20
+    everything = len(prompt) + tokens - 1
+
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         spares = await world.add("0:1", "1:3", "3:4")
-        ids, session, _ = await told(world, kill(place))
-        assert ids == said_after(PROMPT, TOKENS)
-        assert session.route[place][0] == spares[place].peer
-        for number, served in enumerate(first):
-            if number != place:
-                assert positions(served) == UNDISTURBED
-        assert positions(spares[place]) == UNDISTURBED
-        assert sum(positions(spare) for spare in spares) == UNDISTURBED
+        host = CountingHost(world.host)
+        hurts = {LONG - len(prompt): kill(*lost)}
+        made = await told(world, hurts, prompt=prompt, tokens=tokens, host=host)
+        assert made.ids == said_after(prompt, tokens)
+        for place, (served, spare) in enumerate(zip(first, spares, strict=True)):
+            at_loss = LONG - 1  # the last token is said, and not yet a step
+            assert served.positions == (at_loss if place in lost else everything)
+            assert spare.positions == (everything if place in lost else 0)
+        replayed = LONG if 0 in lost else 0  # the step under way is written to who is dead too
+        assert host.payload_bytes == BYTES_PER_ID * (everything + replayed)
 
     run(body)
 
 
-def test_two_neighbours_lost_at_once_are_replaced_at_once() -> None:
-    def both(world: World, session: ClientSession) -> None:
-        kill(1)(world, session)
-        kill(2)(world, session)
+def test_what_the_client_sends_beside_the_steps_does_not_grow_with_the_text() -> None:
+    async def sent(world: World, length: int, *, is_hurt: bool) -> int:
+        host = CountingHost(world.host)
+        prompt = [7] * length
+        await told(world, kill(1) if is_hurt else nothing, prompt=prompt, host=host)
+        return host.bytes
 
+    extra: list[int] = []
+
+    async def body(world: World) -> None:
+        await world.add("0:1", "1:3", "3:4", "1:3", "1:3", "1:3")
+        for length in (10, 400):
+            plain = await sent(world, length, is_hurt=False)
+            extra.append(await sent(world, length, is_hurt=True) - plain)
+            world.servers = [served for served in world.servers if not served.host.is_killed]
+
+    run(body)
+    short, long = extra
+    assert 0 < short < 2000
+    assert abs(long - short) < 50  # longer numbers; the ids alone are 1600 bytes
+
+
+def test_two_neighbours_lost_at_once_are_replaced_at_once() -> None:
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         await world.add("1:3", "3:4")
-        ids, _, _ = await told(world, both)
-        assert ids == said_after(PROMPT, TOKENS)
-        assert positions(first[0]) == UNDISTURBED
+        made = await told(world, kill(1, 2))
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert first[0].positions == UNDISTURBED
 
     run(body)
 
@@ -135,10 +88,10 @@ def test_one_hop_may_be_replaced_by_two() -> None:
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         await world.add("1:2", "2:3")
-        ids, session, _ = await told(world, kill(1))
-        assert ids == said_after(PROMPT, TOKENS)
-        assert [span for _, span in session.route] == ["0:1", "1:2", "2:3", "3:4"]
-        assert positions(first[0]) == positions(first[2]) == UNDISTURBED
+        made = await told(world, kill(1))
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert [span for _, span in made.session.route] == ["0:1", "1:2", "2:3", "3:4"]
+        assert first[0].positions == first[2].positions == UNDISTURBED
 
     run(body)
 
@@ -150,10 +103,10 @@ def test_a_broken_link_between_healthy_hops_replaces_nobody_and_replays_nothing(
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         await world.add("1:3")
-        ids, session, _ = await told(world, snap)
-        assert ids == said_after(PROMPT, TOKENS)
-        assert [peer for peer, _ in session.route] == [served.peer for served in first]
-        assert [positions(served) for served in first] == [UNDISTURBED] * 3
+        made = await told(world, snap)
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert made.peers == [served.peer for served in first]
+        assert [served.positions for served in first] == [UNDISTURBED] * 3
 
     run(body)
 
@@ -166,10 +119,36 @@ def test_a_broken_link_to_the_client_replaces_nobody_and_replays_nothing(place: 
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         await world.add("0:1", "3:4")
-        ids, session, _ = await told(world, snap)
-        assert ids == said_after(PROMPT, TOKENS)
-        assert [peer for peer, _ in session.route] == [served.peer for served in first]
-        assert [positions(served) for served in first] == [UNDISTURBED] * 3
+        host = CountingHost(world.host)
+        made = await told(world, snap, host=host)
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert made.peers == [served.peer for served in first]
+        assert [served.positions for served in first] == [UNDISTURBED] * 3
+        assert host.payload_bytes <= BYTES_PER_ID * (UNDISTURBED + 1)  # the step under way
+
+    run(body)
+
+
+@pytest.mark.parametrize("hops", [["0:4"], ["0:2", "2:4"]], ids=len)
+@pytest.mark.parametrize("seconds", [0.0, 0.015, 0.025])
+def test_a_downlink_that_ends_alone_is_attached_again_and_replays_nothing(
+    hops: list[str], seconds: float
+) -> None:
+    """Also while an output is under way on it."""
+
+    async def body(world: World) -> None:
+        first = await world.add(*hops)
+        host = CountingHost(world.host)
+
+        def snap(_world: World, _session: ClientSession) -> None:
+            assert host.downlink is not None
+            host.downlink.end("the downlink broke", at_once=True)
+
+        made = await told(world, after(seconds, snap), host=host)
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert made.failures == {"closed": 1}
+        assert not made.blamed
+        assert [served.positions for served in first] == [UNDISTURBED] * len(hops)
 
     run(body)
 
@@ -178,43 +157,29 @@ def test_a_draining_hop_hands_over_and_has_no_streams_left() -> None:
     async def body(world: World) -> None:
         first = await world.add("0:1", "1:3", "3:4")
         spare = (await world.add("1:3"))[0]
-        ids, session, _ = await told(world, lambda _world, _session: first[1].server.drain())
-        assert ids == said_after(PROMPT, TOKENS)
-        assert session.route[1][0] == spare.peer
+        made = await told(world, lambda _world, _session: first[1].server.drain())
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert made.peers[1] == spare.peer
         with trio.fail_after(1):
             await first[1].server.wait_idle()
 
     run(body)
 
 
-def watched(world: World, servers: Sequence[Served]) -> Pulse:
-    """Give everybody a pulse; return the client's."""
-    pulse = Pulse(world.host)
-    world.nursery.start_soon(pulse.run)
-    for served in servers:
-        theirs = Pulse(served.host)
-        world.nursery.start_soon(theirs.run)
-        served.server._links._pulse = theirs
-    return pulse
-
-
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_hop_whose_cables_are_cut_is_noticed_within_seconds_and_replaced(place: int) -> None:
     def cut(world: World, session: ClientSession) -> None:
-        victim = session.route[place][0]
-        for other in [world.host.peer, *(served.peer for served in world.servers)]:
-            if other != victim:
-                world.network.cut(victim, other)
+        cut_off(world, session.route[place][0])
 
     async def body(world: World) -> None:
         await world.add("0:1", "1:3", "3:4")
         spares = await world.add("0:1", "1:3", "3:4")
         pulse = watched(world, world.servers)
-        ids, session, times = await told(world, cut, pulse=pulse)
-        assert ids == said_after(PROMPT, TOKENS)
-        assert session.route[place][0] == spares[place].peer
+        made = await told(world, cut, pulse=pulse)
+        assert made.ids == said_after(PROMPT, TOKENS)
+        assert made.peers[place] == spares[place].peer
         # virtual seconds: a cut is noticed within 1.15, dialling round trips take 0.02
-        assert times[HURT_AT] - times[HURT_AT - 1] < 1.5
+        assert made.times[HURT_AT] - made.times[HURT_AT - 1] < 1.5
 
     run(body)
 
@@ -224,8 +189,7 @@ def test_after_the_grace_time_nothing_is_left_on_any_living_server() -> None:
         first = await world.add("0:1", "1:3", "3:4")
         spares = await world.add("0:1", "1:3", "3:4")
         for place in (0, 1, 2):
-            hurt = kill(place) if place == 1 else (lambda _world, _session: None)
-            await told(world, hurt)
+            await told(world, kill(place) if place == 1 else nothing)
         await trio.sleep(2 * GRACE_SECONDS + 5)
         killed = first[1]
         assert all(served.is_clean for served in [*first, *spares] if served is not killed)
@@ -235,8 +199,6 @@ def test_after_the_grace_time_nothing_is_left_on_any_living_server() -> None:
 
 def test_without_a_server_for_the_lost_blocks_the_error_names_them() -> None:
     async def body(world: World) -> None:
-        from swarm.errors import NoRoute
-
         await world.add("0:1", "1:3", "3:4")
 
         def lose(world: World, session: ClientSession) -> None:

@@ -21,6 +21,7 @@ PEER_KEYS = {
     "dtype",
     "device",
     "version",
+    "differs",
 }
 
 
@@ -63,6 +64,15 @@ def test_one_peer_that_announces_another_model_does_not_decide_the_map() -> None
     status = status_of([liar, *honest], {})
     assert (status["blocks"], status["healthy"]) == (8, True)
     assert len(status["peers"]) == 2
+
+
+def test_a_server_whose_weights_most_others_contradict_is_shown() -> None:
+    swarm = [record(IDENTITIES[n], span="0:2", digests=b"a" * 12) for n in range(2)]
+    damaged = record(IDENTITIES[2], span="0:2", digests=b"a" * 6 + b"X" * 6)
+    peers = status_of([*swarm, damaged], {})["peers"]
+    assert {tuple(peer["differs"]) for peer in peers if peer["peer"] != damaged.peer} == {()}
+    assert next(p["differs"] for p in peers if p["peer"] == damaged.peer) == ["1:2"]
+    assert "damaged?" in text_of([*swarm, damaged])
 
 
 def test_an_empty_swarm_is_told_in_words() -> None:

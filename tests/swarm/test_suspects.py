@@ -1,6 +1,7 @@
 """Who is avoided, and for how long."""
 
-from swarm.suspects import SUSPICION_SECONDS, Suspects
+from swarm.client import REFRESH_SECONDS
+from swarm.suspects import LATE_NEWS_SECONDS, SUSPICION_SECONDS, Suspects
 
 
 def test_the_oldest_is_forgiven_first_but_not_while_it_rests() -> None:
@@ -31,9 +32,19 @@ def test_a_suspicion_ends_by_itself() -> None:
 
 def test_who_is_heard_of_lives_and_is_trusted_again_once_it_has_rested() -> None:
     suspects = Suspects()
-    suspects.add("a", 0.0, 2.0)
-    suspects.heard_of("a", 1.0)
-    assert suspects.at(1.0) == ("a",)
-    suspects.heard_of("a", 2.0)
-    assert suspects.at(2.0) == ()
-    suspects.heard_of("nobody", 2.0)
+    suspects.add("a", 0.0, 12.0)
+    suspects.heard_of("a", 11.0)
+    assert suspects.at(11.0) == ("a",)
+    suspects.heard_of("a", 12.0)
+    assert suspects.at(12.0) == ()
+    suspects.heard_of("nobody", 12.0)
+
+
+def test_news_from_before_it_fell_silent_clears_nobody() -> None:
+    """A client reads tables now and then: what it reads next may have been said before."""
+    suspects = Suspects()
+    suspects.add("a", 10.0, 0.0)
+    suspects.heard_of("a", 10.0 + REFRESH_SECONDS)
+    assert suspects.at(16.0) == ("a",)
+    suspects.heard_of("a", 10.0 + LATE_NEWS_SECONDS)
+    assert suspects.at(16.0) == ()
