@@ -8,7 +8,7 @@ keeps what it sent, numbered by serial; the receiver says how far it has it.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from swarm.messages import Credit, HopTime, Message, Step, Wanted, Wish, payload_bytes
@@ -79,10 +79,15 @@ class History:
     Appending a step with start s removes the entries whose start is s or more: they are rolled
     back. An entry that straddles s stays whole, the receiver's own rollback cuts it. Resuming
     after any serial is therefore valid, trimmed or not.
+
+    What was sent on may be dropped for want of memory: then only who has the newest dropped serial
+    (for a downlink: the newest whose output was wanted) can be resumed, see `reaches`.
     """
 
     entries: list[Entry] = field(default_factory=list)
     byte_count: int = 0
+    dropped: int = 0
+    dropped_wanted: int = 0
 
     def append(self, entry: Entry) -> None:
         """Add the newest step and drop what it rolls back."""
@@ -95,6 +100,50 @@ class History:
         """The entries whose serial is greater, oldest first."""
         begin = bisect_right(self.entries, serial, key=lambda entry: entry.serial)
         return iter(self.entries[begin:])
+
+    def bytes_to(self, serial: int) -> int:
+        """How many bytes dropping up to this serial would free."""
+        if self.entries and self.entries[-1].serial <= serial:
+            return self.byte_count
+        return self.byte_count - sum(payload_bytes(entry.payload) for entry in self.after(serial))
+
+    def drop(self, serial: int) -> None:
+        """Give up the entries up to this serial; those after it stay."""
+        kept = list(self.after(serial))
+        for entry in self.entries[: len(self.entries) - len(kept)]:
+            self.byte_count -= payload_bytes(entry.payload)
+            self.dropped = entry.serial
+            if entry.wanted != "none":
+                self.dropped_wanted = entry.serial
+        self.entries = kept
+
+    def reaches(self, serial: int, *, is_downlink: bool = False) -> bool:
+        """True if a receiver that has this serial lacks nothing that was dropped."""
+        return serial >= (self.dropped_wanted if is_downlink else self.dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """What a leg could drop: the bytes that it has sent on and that its live link does not need."""
+
+    leg: int
+    byte_count: int
+
+
+def histories_to_drop(spares: Iterable[Spare], excess: int) -> list[int]:
+    """Return the legs whose histories to drop so that `excess` bytes are freed, or all there are.
+
+    `spares` come idle longest first, and so are they dropped. Always the whole of one: a part of a
+    history brings no new hop up to date.
+    """
+    chosen: list[int] = []
+    for spare in spares:
+        if excess <= 0:
+            break
+        if spare.byte_count > 0:
+            chosen.append(spare.leg)
+            excess -= spare.byte_count
+    return chosen
 
 
 @dataclass(slots=True)
@@ -167,6 +216,7 @@ class Outlet:
             return
         for entry in history.after(self.sent):
             if is_downlink and entry.wanted == "none":
+                self.sent = entry.serial  # nothing of it is ever needed
                 continue
             size = payload_bytes(entry.payload)
             if not self.takes(size):

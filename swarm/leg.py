@@ -8,6 +8,8 @@ one lacks. `legs` decides which streams and epochs reach it.
 2. Nothing is sent beyond the receiver's credit, and nothing twice on one stream.
 3. The next hop is dialled at most once in an epoch.
 4. A lost up stream frees nothing: the leg goes on computing what it admitted.
+5. Only what was sent on, and what the live link does not lack, is ever dropped from the history;
+   a receiver that lacks it is sent nothing, and the client is told.
 """
 
 from collections import deque
@@ -63,6 +65,8 @@ Action = Dial | Send | Shut | Compute | Forget | Grace
 Emit = Callable[[Action], None]
 NewLink = Callable[["Leg"], int]
 
+_DROPPED = "what this hop had sent on is no longer held here"
+
 
 def step_length(step: Step) -> int:
     """How many positions the step holds, 0 if its payload has no such axis."""
@@ -88,6 +92,7 @@ class Leg:
         self.admitted = 0
         self.length = 0
         self.history = History()
+        self.sent_on = 0  # the newest serial that any next hop, or the client, was sent
         self.has_failed = False
         self._waiting: deque[tuple[Step, int, int]] = deque()  # step, the link it came by, bytes
         self._inlet = Inlet()
@@ -103,6 +108,14 @@ class Leg:
     def is_last(self) -> bool:
         """True on the hop whose outputs go to the client."""
         return self.opened.at + 1 == len(self.opened.hops)
+
+    @property
+    def droppable(self) -> int:
+        """The serial up to which the history was sent on, and is not lacked by the live link."""
+        link = self.downlink if self.is_last else self.down
+        if link is None:
+            return self.sent_on
+        return link.sent if link.is_known else 0
 
     def take_up(self, opened: Open, up: int) -> None:
         """Listen to `up`, the newest stream, which the leg was not listening to before."""
@@ -122,6 +135,7 @@ class Leg:
         if self.is_last:
             self._leave_next()
             self.next = None
+            self._flush()
             return
         following = opened.hops[opened.at + 1]
         is_same = self.next is not None and (self.next.peer, self.next.span) == (
@@ -139,7 +153,8 @@ class Leg:
         """Open the stream to the next hop and send it what it may lack."""
         if self.next is None:
             return
-        self.down = Outlet(self._new_link(self), self.epoch, is_known=self.next.mode != "keep")
+        is_known = self.next.mode != "keep" and self.history.reaches(0)
+        self.down = Outlet(self._new_link(self), self.epoch, is_known=is_known)
         self._emit(Dial(self.down.link, self.next.peer, self._passed_on()))
         self._flush()
 
@@ -185,12 +200,15 @@ class Leg:
             return
         self._waiting.clear()
         self.has_failed = True
-        self._accuse("failed", self.opened.hops[self.opened.at].peer, message)
+        self._accuse("failed", self._own_peer, message)
 
     def drain(self) -> None:
         """Ask the client to take another peer for these blocks; until then go on as before."""
-        own = self.opened.hops[self.opened.at].peer
-        self._accuse("draining", own, "this server is leaving")
+        self._accuse("draining", self._own_peer, "this server is leaving")
+
+    def drop_history(self) -> None:
+        """Give up what `droppable` says, to save memory."""
+        self.history.drop(self.droppable)
 
     def from_next(self, message: Message) -> None:
         """The down stream said something."""
@@ -284,14 +302,28 @@ class Leg:
         if self.is_last:
             self._flush_outputs()
         elif self.down is not None:
-            down = self.down
-            for entry in down.ready(self.history):
-                self._emit(Send(down.link, step_of(entry, after=down.sent)))
+            self._flush_steps(self.down)
+
+    def _flush_steps(self, down: Outlet) -> None:
+        if down.is_known and not self.history.reaches(down.sent):
+            self._leave_next()
+            self._accuse("dropped", self._own_peer, _DROPPED)
+            return
+        for entry in down.ready(self.history):
+            self._emit(Send(down.link, step_of(entry, after=down.sent)))
+            self.sent_on = max(self.sent_on, entry.serial)
 
     def _flush_outputs(self) -> None:
         if self.downlink is None:
             return
+        if not self.history.reaches(self.downlink.sent, is_downlink=True):
+            if self.downlink.epoch <= self.epoch:  # else its Open comes yet, and may begin anew
+                self._emit(Send(self.downlink.link, self._fault("dropped", _DROPPED)))
+                self._emit(Shut(self.downlink.link))
+                self.downlink = None
+            return
         for entry in self.downlink.ready(self.history, is_downlink=True):
+            self.sent_on = max(self.sent_on, entry.serial)
             output = Output(
                 serial=entry.serial,
                 start=entry.start,
@@ -310,6 +342,10 @@ class Leg:
             self._emit(Send(self.down.link, Gone(reason="superseded")))
             self._emit(Shut(self.down.link))
             self.down = None
+
+    @property
+    def _own_peer(self) -> str:
+        return self.opened.hops[self.opened.at].peer
 
     def _passed_on(self) -> Open:
         return msgspec.structs.replace(self.opened, at=self.opened.at + 1)
@@ -332,12 +368,22 @@ class Leg:
     ) -> None:
         """Tell the client, by way of the hops before, who failed."""
         if self.up is not None:
-            fault = Fault(
-                epoch=self.epoch,
-                peer=peer,
-                span=span or self.span,
-                failure=failure,
-                message=message[:512],
-                retry_seconds=retry_seconds,
-            )
+            fault = self._fault(failure, message, peer, span, retry_seconds)
             self._emit(Send(self.up, fault))
+
+    def _fault(
+        self,
+        failure: FaultKind,
+        message: str,
+        peer: str = "",
+        span: str = "",
+        retry_seconds: float = 0.0,
+    ) -> Fault:
+        return Fault(
+            epoch=self.epoch,
+            peer=peer or self._own_peer,
+            span=span or self.span,
+            failure=failure,
+            message=message[:512],
+            retry_seconds=retry_seconds,
+        )

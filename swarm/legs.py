@@ -6,14 +6,15 @@
 4. A downlink is accepted from the client that the leg's Open names, and from nobody else.
 5. An Attach that comes before its Open waits for it, for one grace time.
 6. The highest epoch of a session is known for one grace time after its last leg is freed.
+7. `history_bytes` is the sum over the legs' histories.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from swarm.chain import Payload, Send, Shut
-from swarm.leg import Action, Grace, Leg
+from swarm.chain import Payload, Send, Shut, Spare
+from swarm.leg import Action, Compute, Grace, Leg
 from swarm.messages import (
     Attach,
     Close,
@@ -22,6 +23,7 @@ from swarm.messages import (
     HopTime,
     Message,
     Open,
+    Output,
     Ready,
     Refused,
     Step,
@@ -55,12 +57,13 @@ class Legs:
         self._new_link = new_link
         self._legs: dict[tuple[str, bytes, str], Leg] = {}
         self._by_link: dict[int, Leg] = {}
-        self._by_number: dict[int, Leg] = {}
+        self._by_number: dict[int, Leg] = {}  # idle longest first
         self._numbers = count(1)
         self._highest: dict[_Session, int] = {}
         self._parked: dict[int, _Parked] = {}  # by grace number
         self._ended: dict[int, _Session] = {}  # by grace number
         self._actions: list[Action] = []
+        self.history_bytes = 0
 
     def __len__(self) -> int:
         return len(self._legs)
@@ -125,7 +128,9 @@ class Legs:
         """The executor finished a step of the leg with this number."""
         leg = self._by_number.get(number)
         if leg is not None:
+            before = leg.history.byte_count
             leg.computed(serial, payload, time)
+            self.history_bytes += leg.history.byte_count - before
         return self._taken()
 
     def failed(self, number: int, message: str) -> list[Action]:
@@ -140,6 +145,18 @@ class Legs:
         for leg in self.legs():
             leg.drain()
         return self._taken()
+
+    def spares(self) -> Iterator[Spare]:
+        """What each leg could drop; idle longest (no step admitted, none sent) first."""
+        for number, leg in self._by_number.items():
+            yield Spare(number, leg.history.bytes_to(leg.droppable))
+
+    def drop_history(self, number: int) -> None:
+        """Let the leg with this number give up what it has sent on; nothing is said of it yet."""
+        leg = self._by_number[number]
+        before = leg.history.byte_count
+        leg.drop_history()
+        self.history_bytes += leg.history.byte_count - before
 
     def grace_over(self, number: int) -> list[Action]:
         """The grace time of this number ran out: nothing is left of what waited."""
@@ -244,6 +261,7 @@ class Legs:
 
     def _free(self, leg: Leg, *, is_session_over: bool) -> None:
         leg.free(is_session_over=is_session_over)
+        self.history_bytes -= leg.history.byte_count
         del self._legs[(leg.client, leg.session, leg.span)]
         del self._by_number[leg.number]
         self._remember((leg.client, leg.session))
@@ -268,9 +286,18 @@ class Legs:
         self._emit(Shut(link))
 
     def _emit(self, action: Action) -> None:
-        if isinstance(action, Shut):
-            self._by_link.pop(action.link, None)
+        match action:
+            case Shut(link=link):
+                self._by_link.pop(link, None)
+            case Compute(leg=number):
+                self._touch(number)
+            case Send(link=link, message=Step() | Output()):
+                self._touch(self._by_link[link].number)
         self._actions.append(action)
+
+    def _touch(self, number: int) -> None:
+        """Note that the leg with this number is not idle."""
+        self._by_number[number] = self._by_number.pop(number)
 
     def _taken(self) -> list[Action]:
         actions, self._actions = self._actions, []

@@ -30,7 +30,7 @@ Mode = Literal["keep", "new", "anew"]
 Wanted = Literal["none", "last", "all"]
 RefusalReason = Literal["full", "draining", "stale", "wrong_model", "span_not_held", "not_allowed"]
 FaultKind = Literal[
-    "closed", "silent", "unreachable", "refused", "draining", "broke_word", "failed"
+    "closed", "silent", "unreachable", "refused", "draining", "broke_word", "failed", "dropped"
 ]
 
 
@@ -141,7 +141,10 @@ class Credit(Message, frozen=True, tag="credit"):
 
 
 class Fault(Message, frozen=True, tag="fault"):
-    """Up, to the client: under my `epoch`, this hop failed."""
+    """Up, to the client: under my `epoch`, this hop failed.
+
+    "dropped" accuses nobody: this hop no longer holds what its receiver lacks.
+    """
 
     epoch: Count
     peer: PeerName

@@ -4,6 +4,8 @@
 2. A leg is admitted only if all tokens it may ever hold fit beside those promised before.
 3. A lost up stream costs nothing for one grace time; after it nothing of the leg is left.
 4. What sessions can make us hold beside their tokens is bounded: legs, hints, the size of a result.
+5. Histories beyond their room are dropped, of the leg that was idle longest first, as far as they
+   were sent on: their sessions go on, and only a repair that would need them replays ids instead.
 """
 
 import logging
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from routing.span import Span
-from swarm.chain import Dial, Send, Shut
+from swarm.chain import Dial, Send, Shut, histories_to_drop
 from swarm.errors import PeerFault, SwarmError
 from swarm.identity import verify
 from swarm.leg import Action, Compute, Forget, Grace
@@ -50,17 +52,23 @@ CLOCK_SLACK_SECONDS = 300.0
 PREPARE_SECONDS = 10.0
 MOST_PREPARED = 32  # neighbours being dialled on a client's hint, at a time
 MOST_LEGS = 4096  # a leg without tokens takes memory too
+# Enough for the histories of a few long conversations; who knows the machine can say better.
+HISTORY_BYTES = 1 << 30
 # A result travels in one frame beside its header.
 MOST_RESULT_BYTES = DEFAULT_LIMITS.frame_bytes - DEFAULT_LIMITS.header_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a server takes on: its span, for one model, up to so many tokens of cache."""
+    """What a server takes on: its span, for one model, up to so many tokens of cache.
+
+    `history_bytes` of host memory are for what the sessions' steps came to and was sent on.
+    """
 
     span: Span
     fingerprint: str
     cache_tokens: int
+    history_bytes: int = HISTORY_BYTES
 
 
 class Server:
@@ -97,6 +105,11 @@ class Server:
     def sessions(self) -> int:
         """How many legs are held."""
         return len(self._legs)
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of host memory that the histories of all legs take."""
+        return self._legs.history_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -231,6 +244,13 @@ class Server:
                 case Grace(leg=number):
                     if number in self._graces:
                         self._graces.pop(number).cancel()
+        self._save_memory()
+
+    def _save_memory(self) -> None:
+        excess = self.history_bytes - self.room.history_bytes
+        if excess > 0:
+            for number in histories_to_drop(self._legs.spares(), excess):
+                self._legs.drop_history(number)
 
     async def _wait_grace(self, number: int, scope: trio.CancelScope) -> None:
         with scope:

@@ -47,6 +47,8 @@ class Deliver:
 class Trouble:
     """The route failed: who, at which span, how. `peer` is empty when nobody is to blame.
 
+    "dropped": what a repair needs is no longer held; only a fresh route helps.
+
     `is_downlink`: the stream on which the last hop answers ended, which alone proves nothing of it.
     """
 
@@ -183,6 +185,8 @@ class Session:
             case Credit(more=more):
                 uplink.refill(more)
                 self._flush()
+            case Fault(failure="dropped", epoch=epoch) if epoch == self.epoch:
+                self._actions.append(Trouble("dropped", "", message.span, message.message))
             case Fault(epoch=epoch) if epoch == self.epoch:
                 self._trouble(message.failure, message.peer, message.span, message)
             case Fault():
@@ -202,6 +206,9 @@ class Session:
         match message:
             case Output():
                 self._output(link, message)
+            case Fault(failure="dropped"):  # of any epoch: this downlink is the newest
+                self._end_downlink()
+                self._actions.append(Trouble("dropped", "", message.span, message.message))
             case Refused():
                 self._end_downlink()
                 self._trouble("refused", self.route[-1].peer, self.route[-1].span, message)

@@ -14,8 +14,9 @@ from typing import Any
 
 from chain_client import Broken, Client, Scenario
 from chain_links import Link
+from chain_peer import Peer
 from chain_stack import Stack
-from chain_world import Event, Peer, World
+from chain_world import Event, World
 
 from swarm.chain import History, Inlet, Outlet
 from swarm.leg import Leg
@@ -149,16 +150,19 @@ def state_of(world: World) -> int:
         (world.budget, client.state, len(client.ids), client.serials, session.epoch, session.got),
         (session.route, tuple(client.troubles), tuple(client.suspects), client.repairs),
         (frozenset(client.failed), frozenset(client.retried), world.has_expired),
+        (world.may_be_forgotten, world.has_dropped),
         (outlet(session._uplink), name(session._downlink), tuple(session._unanswered)),
         (tuple(entry.serial for entry in session.log.entries), session._inlet.waiting),
     ]
     for peer in world.peers:
-        parts.append((peer.is_alive, peer.refusals, tuple(peer.legs._highest.values())))
+        parts.append((peer.is_alive, peer.is_draining, peer.refusals))
+        parts.append(tuple(peer.legs._highest.values()))
         for leg in sorted(peer.legs.legs(), key=lambda leg: leg.span):
             serials = tuple(entry.serial for entry in leg.history.entries)
             steps = tuple(step.serial for step in peer.steps.get(leg.number, ()))
             parts.append((leg.span, leg.opened, name(leg.up), outlet(leg.down), leg.next, serials))
             parts.append((outlet(leg.downlink), leg.downlink_epoch, leg.admitted, leg.length))
+            parts.append((leg.sent_on, leg.history.dropped, leg.history.dropped_wanted))
             parts.append(
                 (
                     steps,

@@ -11,10 +11,12 @@ from random import Random
 from typing import Any
 
 from chain_client import CLIENT, Broken, Client, Scenario, is_first, peer_name
+from chain_laws import check_credit, check_peer, check_sent
 from chain_links import DOWN, UP, End, Link
+from chain_peer import Peer
 from chain_stack import Stack, payload_of, truth
 
-from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Send, Shut
+from swarm.chain import Dial, Send, Shut
 from swarm.leg import Compute, Forget, Grace
 from swarm.legs import Legs
 from swarm.messages import (
@@ -25,38 +27,11 @@ from swarm.messages import (
     HopTime,
     Message,
     Open,
-    Output,
-    Refused,
     Step,
-    payload_bytes,
 )
 from swarm.session import Deliver, Trouble
 
 Event = tuple[Any, ...]
-
-
-class Peer:
-    """One server: its legs, its executor, its grace timers."""
-
-    def __init__(self, scenario: Scenario, new_link: Any) -> None:
-        self.room = scenario.room
-        self.new_link = new_link
-        self.is_alive = True
-        self.refusals = 0
-        self.restart()
-
-    def restart(self) -> None:
-        self.legs = Legs(self.admission, self.new_link)
-        self.stacks: dict[int, Stack] = {}
-        self.steps: dict[int, deque[Step]] = {}
-        self.timers: set[int] = set()
-        self.broken: set[int] = set()  # legs whose executor fails from here on
-
-    def admission(self, opened: Open) -> Refused | None:
-        if self.refusals:
-            self.refusals -= 1
-            return Refused(reason="full")
-        return Refused(reason="full") if len(self.legs) >= self.room else None
 
 
 class World:
@@ -68,7 +43,7 @@ class World:
         self.budget = scenario.budget
         self.links: dict[int, Link] = {}
         self.numbers = 0
-        self.has_expired = self.may_be_forgotten = False
+        self.has_expired = self.may_be_forgotten = self.has_dropped = False
         self.dials: set[tuple[object, ...]] = set()
         self.peers = [Peer(scenario, self.new_link) for _ in scenario.held]
         self.client = Client(scenario, self.new_link)
@@ -93,7 +68,7 @@ class World:
                 case Deliver(output=output):
                     waiting.extend(self.client.delivered(output))
                 case Trouble() as trouble:
-                    self._check_forgotten(trouble)
+                    self._check_trouble(trouble)
                     self.client.noted(trouble)
                 case Compute(leg=leg, step=step):
                     self._peer(who).steps.setdefault(leg, deque()).append(step)
@@ -105,6 +80,8 @@ class World:
                     self._peer(who).timers.add(leg)
                 case Grace(leg=leg):
                     self._peer(who).timers.discard(leg)
+        if who != CLIENT:
+            self.has_dropped |= self._peer(who).save_memory()
 
     def _peer(self, name: str) -> Peer:
         return self.peers[int(name.removeprefix("peer"))]
@@ -127,6 +104,9 @@ class World:
         way = DOWN if name > 0 else UP
         if link is None or not link.listens[1 - way]:
             raise Broken(f"{who} speaks on a link it has left: {message}")
+        if who == CLIENT and isinstance(message, Step):
+            first = self.client.session.route[0]
+            check_sent(message, -name, first, self._peer(first.peer).legs.legs())
         if link.listens[way] and not link.is_broken:
             link.queues[way].append(message)
 
@@ -185,6 +165,10 @@ class World:
         found: list[Event] = []
         if "crash" in kinds and self._is_spare(index):
             found.append(("crash", index))
+        if "drain" in kinds and self._is_spare(index) and not peer.is_draining:
+            found.append(("drain", index))
+        if "drop" in kinds:
+            found += [("drop", index, s.leg) for s in peer.legs.spares() if s.byte_count]
         if "restart" in kinds and len(peer.legs):
             found.append(("restart", index))
         if "refuse" in kinds and not peer.refusals:
@@ -205,7 +189,8 @@ class World:
         """True if the others still cover all blocks without this peer."""
         covered: set[int] = set()
         for other, span in enumerate(self.scenario.held):
-            if other != index and self.peers[other].is_alive:
+            held_there = self.peers[other]
+            if other != index and held_there.is_alive and not held_there.is_draining:
                 covered |= set(range(*map(int, span.split(":"))))
         return len(covered) == self.scenario.blocks
 
@@ -249,6 +234,14 @@ class World:
                 self.client.failed.add(peer_name(index))
                 self.has_expired = self.may_be_forgotten = True
                 self.expire(index, number)
+            case ("drain", index):
+                self.client.failed.add(peer_name(index))
+                self.may_be_forgotten = True  # it refuses to begin anew, and ends the downlink
+                self.peers[index].is_draining = True
+                self.carry_out(peer_name(index), self.peers[index].legs.drain())
+            case ("drop", index, leg):
+                self.has_dropped = True  # nobody may be blamed for it, and nothing is repaired
+                self.peers[index].legs.drop_history(leg)
             case ("fail", index, leg):
                 self.client.failed.add(peer_name(index))
                 self.peers[index].broken.add(leg)
@@ -333,8 +326,10 @@ class World:
                 if leg.up == name and (who, leg.span) in places:
                     raise Broken(f"{who}, healthy and on the route, is told to free its cache")
 
-    def _check_forgotten(self, trouble: Trouble) -> None:
+    def _check_trouble(self, trouble: Trouble) -> None:
         """Two repairs on their way at once may cost a third, never one alone."""
+        if trouble.failure == "dropped" and (trouble.peer or not self.has_dropped):
+            raise Broken(f"a history that nobody dropped is missed: {trouble}")
         is_allowed = self.may_be_forgotten or self.client.session.epoch > 2
         if trouble.failure == "forgotten" and not is_allowed:
             raise Broken("the client is told of a grace time that was not over")
@@ -342,36 +337,10 @@ class World:
     def _check_laws(self) -> None:
         for link in self.links.values():
             for queue in link.queues:
-                self._check_credit(link, queue)
+                check_credit(link, queue)
         for index, peer in enumerate(self.peers):
             if peer.is_alive:
-                self._check_peer(peer_name(index), peer)
-
-    def _check_credit(self, link: Link, queue: deque[Message | End]) -> None:
-        sizes = [payload_bytes(m.payload) for m in queue if isinstance(m, Step | Output)]
-        if sizes and sum(sizes) > max(FIRST_CREDIT, CREDIT_PIECE + max(sizes)):
-            raise Broken(f"more travels to {link.ends} than its credit")
-
-    def _check_peer(self, name: str, peer: Peer) -> None:
-        legs, taken = list(peer.legs.legs()), set[int]()
-        for leg in legs:
-            outlets = [outlet.link for outlet in (leg.down, leg.downlink) if outlet is not None]
-            links = outlets if leg.up is None else [leg.up, *outlets]
-            if any(peer.legs._by_link.get(link) is not leg for link in links):
-                raise Broken(f"{name} does not hear a stream of its leg {leg.span}")
-            taken |= set(links)
-            if peer.legs._highest[leg.client, leg.session] < leg.epoch:
-                raise Broken(f"{name} forgot the highest epoch")
-            if leg.up is None and leg.number not in peer.timers:
-                raise Broken(f"{name} has an orphan {leg.span} that nothing ends")
-            blocks = set(range(*map(int, leg.span.split(":"))))
-            for other in legs:
-                if other is not leg and blocks & set(range(*map(int, other.span.split(":")))):
-                    raise Broken(f"{name} holds a block of the session twice")
-        if set(peer.legs._by_link) != taken:
-            raise Broken(f"{name} remembers streams it has left")
-        if any(not leg._inlet.is_within_credit for leg in legs):
-            raise Broken(f"{name} was sent more than its credit")
+                check_peer(peer_name(index), peer.legs, peer.timers)
 
     def check_end(self) -> None:
         """Nothing more happens by itself: the text is done, and soon nothing is left of it."""
@@ -389,7 +358,7 @@ class World:
                     raise Broken(f"{peer_name(index)} holds something after the grace time")
         for index, peer in enumerate(self.peers):
             left = (peer.legs._highest, peer.legs._ended, peer.legs._by_link, peer.timers)
-            if any(left) or peer.legs._by_number:
+            if any(left) or peer.legs._by_number or peer.legs.history_bytes:
                 raise Broken(f"{peer_name(index)} remembers a session for ever: {left}")
         if self.links:
             raise Broken(f"links are left: {self.links}")

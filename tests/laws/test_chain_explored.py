@@ -11,10 +11,13 @@ from chain_stack import reference
 from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Entry, History, Outlet, Send
 from swarm.leg import Leg
 from swarm.legs import Legs
-from swarm.messages import Close, Gone, Message, Ready, Step
-from swarm.session import Session
+from swarm.messages import Close, Gone, Message, Open, Ready, Step
+from swarm.session import Session, Trouble
 
-FAULTS = ("break", "accuse", "crash", "restart", "refuse", "expire", "fail", "leave", "fallback")
+FAULTS = (
+    *("break", "accuse", "crash", "restart", "refuse", "expire", "fail", "leave", "fallback"),
+    *("drain", "drop"),
+)
 
 TWO = Scenario(
     held=("0:1", "1:2", "0:1", "1:2"), route=((0, "0:1"), (1, "1:2")), prompt=(5, 6), tokens=1
@@ -53,11 +56,13 @@ SCENARIOS = {
     "payloads that use up the credit": replace(
         THREE, prompt=tuple(range(1, 13)), weight=FIRST_CREDIT // 3
     ),
+    "no memory for histories": replace(THREE, history_bytes=0),
 }
 IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["fallback", "in place"])
 
 
 def assert_lawful(found: Found) -> None:
+    print(f"{found.steps} transitions, {found.states} states")  # pytest -rP shows it
     assert not found.breach, "\n".join([found.breach, *map(str, found.trace)])
 
 
@@ -82,8 +87,14 @@ def test_without_a_fault_there_is_no_repair(weight: int) -> None:
     assert_lawful(run_many(scenario, range(40)))
 
 
+@pytest.mark.parametrize("history_bytes", [0, 3])
+def test_histories_that_are_dropped_cost_no_repair(history_bytes: int) -> None:
+    scenario = replace(THREE, faults=("drop",), history_bytes=history_bytes)
+    assert_lawful(run_many(scenario, range(100)))
+
+
 @IN_PLACE
-@pytest.mark.parametrize("fault", ["refuse", "expire", "leave"])
+@pytest.mark.parametrize("fault", ["refuse", "expire", "leave", "drop"])
 def test_the_laws_hold_in_every_interleaving_with_one_fault(fault: str, in_place: bool) -> None:
     found = explore(replace(TWO, faults=(fault,), repairs_in_place=in_place))
     assert_lawful(found)
@@ -95,6 +106,13 @@ def test_the_laws_hold_in_every_interleaving_with_one_fault(fault: str, in_place
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_laws_hold_in_every_interleaving_of_two_tokens(fault: str, in_place: bool) -> None:
     assert_lawful(explore(replace(TWO, tokens=2, faults=(fault,), repairs_in_place=in_place)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_laws_hold_in_every_interleaving_without_memory_for_histories(fault: str) -> None:
+    scenario = replace(TWO, faults=(fault,), repairs_in_place=True, history_bytes=0)
+    assert_lawful(explore(scenario))
 
 
 # --- the explorer can fail: one rule off at a time ----------------------------------------------
@@ -177,7 +195,78 @@ def without_a_check_of_serials(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Leg, "admit", twice)
 
 
+def without_waiting_for_a_kept_first_hop(patch: pytest.MonkeyPatch) -> None:
+    """The client sends its log again without asking a kept first hop what it has."""
+    dial = Session._dial_first
+
+    def hasty(self: Session) -> None:
+        dial(self)
+        assert self._uplink is not None
+        self._uplink.is_known = True
+
+    patch.setattr(Session, "_dial_first", hasty)
+
+
+def without_saying_what_was_dropped(patch: pytest.MonkeyPatch) -> None:
+    """A hop sends on what it still has, whatever its next hop lacks."""
+    patch.setattr(History, "reaches", lambda self, serial, is_downlink=False: True)
+
+
+def without_sparing_the_live_link(patch: pytest.MonkeyPatch) -> None:
+    """What was once sent on is dropped, though the live link is only being brought up to date."""
+    patch.setattr(Leg, "droppable", property(lambda self: self.sent_on))
+
+
+def without_sparing_what_was_not_sent(patch: pytest.MonkeyPatch) -> None:
+    """The whole history is dropped."""
+
+    def everything(self: Leg) -> int:
+        return self.history.entries[-1].serial if self.history.entries else 0
+
+    patch.setattr(Leg, "droppable", property(everything))
+
+
+def without_telling_a_client_that_attached_first(patch: pytest.MonkeyPatch) -> None:
+    """An Attach that came before its Open is not looked at again when that comes."""
+    reroute, flush = Leg.reroute, Leg._flush_outputs
+
+    def silent(self: Leg, opened: Open) -> None:
+        patch.setattr(Leg, "_flush_outputs", lambda self: None)
+        reroute(self, opened)
+        patch.setattr(Leg, "_flush_outputs", flush)
+
+    patch.setattr(Leg, "reroute", silent)
+
+
+def with_blame_for_a_dropped_history(patch: pytest.MonkeyPatch) -> None:
+    """The client holds it against a hop that it no longer has a history."""
+    received = Session.received
+
+    def blaming(self: Session, link: int, message: Message) -> object:
+        actions = received(self, link, message)
+        return [
+            replace(a, peer=message.peer)  # type: ignore[union-attr]
+            if isinstance(a, Trouble) and a.failure == "dropped"
+            else a
+            for a in actions
+        ]
+
+    patch.setattr(Session, "received", blaming)
+
+
+def with_a_drain_that_frees(patch: pytest.MonkeyPatch) -> None:
+    """A server that is to leave drops its sessions at once."""
+
+    def leave(self: Legs) -> object:
+        for leg in self.legs():
+            self._free(leg, is_session_over=True)
+        return self._taken()
+
+    patch.setattr(Legs, "drain", leave)
+
+
 CREDIT = SCENARIOS["payloads that use up the credit"]
+FORGETFUL = replace(SCENARIOS["no memory for histories"], repairs_in_place=True)
 BENT: list[tuple[Callable[[pytest.MonkeyPatch], None], Scenario]] = [
     (without_parking, replace(THREE, budget=0)),
     (without_asking_what_it_has, replace(THREE, repairs_in_place=True)),
@@ -186,6 +275,13 @@ BENT: list[tuple[Callable[[pytest.MonkeyPatch], None], Scenario]] = [
     (without_gone, replace(THREE, repairs_in_place=True)),
     (without_credit_for_the_unwanted, replace(CREDIT, budget=0)),
     (without_a_check_of_serials, replace(THREE, repairs_in_place=True)),
+    (without_waiting_for_a_kept_first_hop, replace(THREE, repairs_in_place=True)),
+    (without_saying_what_was_dropped, FORGETFUL),
+    (without_sparing_the_live_link, replace(CREDIT, repairs_in_place=True)),
+    (without_sparing_what_was_not_sent, replace(CREDIT, history_bytes=0)),
+    (without_telling_a_client_that_attached_first, FORGETFUL),
+    (with_blame_for_a_dropped_history, FORGETFUL),
+    (with_a_drain_that_frees, replace(THREE, faults=("drain",), repairs_in_place=True)),
 ]
 
 
