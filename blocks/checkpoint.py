@@ -1,16 +1,17 @@
 """A folder of weights, checked before anything of it is loaded.
 
 1. Only headers are read: opening a checkpoint of any size costs milliseconds and no tensor data.
-2. A `Checkpoint` that exists is whole: every shard is there, has the length its header calls for,
-   and holds the tensors that the index says it holds. What is inside the tensors is not checked.
+2. A `Checkpoint` that exists is whole: every shard has the length its header calls for, and holds
+   the tensors that the index says it holds. What is inside the tensors is not checked. A shard
+   that has yet to be fetched is known by its head, the header with the 8 bytes before it.
 3. Nothing is fetched from anywhere and no code of the checkpoint is run; only safetensors are read.
 4. Two folders with one fingerprint compute the same, whatever the folders are called.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _GENERATION_DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "repetitio
 
 # safetensors itself refuses longer headers
 _HEADER_BYTES_LIMIT = 100_000_000
+_LENGTH_BYTES = 8  # before the header: its length, little-endian
 
 # Families without positions of their own (alibi) name no bound; one is needed to reserve memory.
 _ASSUMED_CONTEXT = 2048
@@ -63,6 +65,31 @@ class Checkpoint:
     vocabulary_size: int
     context_length: int  # positions; steps beyond it are refused
     model_type: str
+    shard_bytes: Mapping[str, int] = field(default_factory=dict)  # of every shard, whole
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The shards whose files are not in the folder now."""
+        return tuple(shard for shard in self.shards if not (self.folder / shard).is_file())
+
+    def only(self, shards: Iterable[str]) -> "Checkpoint":
+        """The same checkpoint, of which only these shards are opened.
+
+        CheckpointError names one that is not here, or is not what its head said.
+        """
+        kept = tuple(sorted(set(shards)))
+        for shard in kept:
+            head = _shard_head(self.folder, shard)
+            if not all(self._knows(name, entry) for name, entry in head.entries.items()):
+                raise CheckpointError(
+                    f"shard {self.folder / shard} holds other tensors than its header announced; "
+                    "fetch it again"
+                )
+        return replace(self, shards=kept)
+
+    def _knows(self, name: str, entry: TensorEntry) -> bool:
+        known = self.tensors.get(name)
+        return known is not None and (known.dtype, known.shape) == (entry.dtype, entry.shape)
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -75,16 +102,28 @@ class Checkpoint:
         return {name: entry.byte_count for name, entry in self.tensors.items()}
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return the checkpoint in `folder`, checked as far as headers go, or raise CheckpointError."""
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What a shard's header says: its tensors, and the bytes of the whole shard."""
+
+    entries: Mapping[str, TensorEntry]
+    byte_count: int
+
+
+def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
+    """Return the checkpoint in `folder`, checked as far as headers go, or raise CheckpointError.
+
+    A shard that is not in `folder` may have its head in the folder `heads`, under the same name.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} is an unknown folder: it has no config.json; name the folder of a model"
         )
-    shards, index = _shards(folder)
+    shards, index = _shards(folder, heads)
+    found = {shard: _shard_head(folder, shard, heads) for shard in shards}
     tensors: dict[str, TensorEntry] = {}
-    for shard in shards:
-        tensors.update(_shard_entries(folder / shard))
+    for head in found.values():
+        tensors.update(head.entries)
     for name, shard in index.items():
         if name not in tensors or tensors[name].shard != shard:
             raise CheckpointError(
@@ -103,7 +142,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         vocabulary_size=_positive(text, "vocab_size", folder),
         context_length=context_length(text),
         model_type=str(text.model_type),
+        shard_bytes={shard: head.byte_count for shard, head in found.items()},
     )
+
+
+def shard_names(folder: Path) -> tuple[str, ...]:
+    """The shards that the index in `folder` names, or the one of a model without an index.
+
+    CheckpointError for an index that cannot be followed.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        return (SINGLE_FILE,)
+    return tuple(sorted(set(_index(folder).values())))
+
+
+def head_bytes(beginning: bytes) -> int:
+    """How many bytes a shard's head takes, by the first 8 or more bytes of the shard.
+
+    CheckpointError if they are the beginning of no safetensors file.
+    """
+    length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
+    if len(beginning) < _LENGTH_BYTES or length > _HEADER_BYTES_LIMIT:
+        raise CheckpointError("a shard is no safetensors file; choose another model")
+    return _LENGTH_BYTES + length
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -144,6 +205,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a client without torch must know of the model, as JSON can hold it.
 
+    It is the same wherever the checkpoint lies: the name is that of its architecture.
     Ends of sequence are those at which transformers' `generate` stops: the generation config's if
     the checkpoint has one, else the config's.
     """
@@ -157,7 +219,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     ends, begin = special["eos_token_id"], special["bos_token_id"]
     return {
         "format": CARD_FORMAT,
-        "name": checkpoint.folder.resolve().name,
+        "name": str(next(iter(checkpoint.config.architectures or ()), checkpoint.model_type)),
         "model_type": checkpoint.model_type,
         "blocks": checkpoint.blocks,
         "hidden_size": checkpoint.hidden_size,
@@ -187,14 +249,21 @@ def _config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+def _shards(folder: Path, heads: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """The shards' file names, and the shard of each tensor by the index (empty without one)."""
-    if not (folder / INDEX_FILE).is_file():
-        if (folder / SINGLE_FILE).is_file():
-            return (SINGLE_FILE,), {}
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        held = f"only {others[0]}, which can run code when read" if others else "no weights"
-        raise CheckpointError(f"{folder} holds {held}; it must hold {SINGLE_FILE} or {INDEX_FILE}")
+    if (folder / INDEX_FILE).is_file():
+        index = _index(folder)
+        return tuple(sorted(set(index.values()))), index
+    places = [folder] if heads is None else [folder, heads]
+    if any((place / SINGLE_FILE).is_file() for place in places):
+        return (SINGLE_FILE,), {}
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    held = f"only {others[0]}, which can run code when read" if others else "no weights"
+    raise CheckpointError(f"{folder} holds {held}; it must hold {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """The shard of each tensor by the index. CheckpointError for one that cannot be followed."""
     index = _json_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map; fetch it again")
@@ -206,18 +275,32 @@ def _shards(folder: Path) -> tuple[tuple[str, ...], dict[str, str]]:
             raise CheckpointError(
                 f"{folder / INDEX_FILE} names {shard}; only .safetensors are read"
             )
-    return tuple(sorted(set(index.values()))), index
+    return index
 
 
-def _shard_entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
-    """Yield the tensors of a shard from its header. CheckpointError if the file is not whole."""
-    if not path.is_file():
-        raise CheckpointError(f"shard {path} is missing; fetch the checkpoint again")
+def _shard_head(folder: Path, shard: str, heads: Path | None = None) -> _Head:
+    """What a shard says of itself. CheckpointError if it is not whole, or not here nor its head."""
+    path = folder / shard
+    if path.is_file():
+        head, size = _read_head(path), path.stat().st_size
+        if size != head.byte_count:
+            raise CheckpointError(
+                f"shard {path} has {size} bytes and its header calls for {head.byte_count}; "
+                "it was cut off or damaged, fetch it again"
+            )
+        return head
+    if heads is not None and (heads / shard).is_file():
+        return _read_head(heads / shard)
+    raise CheckpointError(f"shard {path} is missing; fetch the checkpoint again")
+
+
+def _read_head(path: Path) -> _Head:
+    """Read a shard's header, or a head. CheckpointError if it is not whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        prefix = file.read(8)
+        prefix = file.read(_LENGTH_BYTES)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, _HEADER_BYTES_LIMIT):
+        if len(prefix) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _HEADER_BYTES_LIMIT):
             raise CheckpointError(f"shard {path} was cut off in its header; fetch it again")
         raw = file.read(length)
     try:
@@ -227,15 +310,13 @@ def _shard_entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:
             if name != "__metadata__"
         }
         end = max((stop for _, _, _, stop in entries.values()), default=0)
+        tensors = {
+            name: TensorEntry(path.name, dtype, shape, stop - start)
+            for name, (dtype, shape, start, stop) in entries.items()
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"shard {path} has a damaged header; fetch it again") from error
-    if size != 8 + length + end:
-        raise CheckpointError(
-            f"shard {path} has {size} bytes and its header calls for {8 + length + end}; "
-            "it was cut off or damaged, fetch it again"
-        )
-    for name, (dtype, shape, start, stop) in entries.items():
-        yield name, TensorEntry(path.name, dtype, shape, stop - start)
+    return _Head(tensors, _LENGTH_BYTES + length + end)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

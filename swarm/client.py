@@ -8,7 +8,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -31,9 +31,9 @@ from swarm.invite import Invite
 from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip
 from swarm.pulse import Pulse
+from swarm.reading import read_tables, read_views
 from swarm.record import PeerRecord, offer_of
 from swarm.suspects import Suspects
-from swarm.tables import MOST_KNOWN, Given, fetch_table, fetch_view
 from swarm.tasks import open_tasks
 from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
@@ -41,8 +41,6 @@ from swarm.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
-VIEW_SECONDS = 5.0
-LAGGARD_SECONDS = 0.3
 FRESH_SECONDS = 1.0  # records read since then are not read again for the next try at a route
 REFRESH_SECONDS = 5.0  # a newcomer may take over this soon; a record lives for some 35
 FILES_SECONDS = 60.0
@@ -308,52 +306,6 @@ async def _dial_any(host: Host, peers: Sequence[str], *, within: float) -> list[
         for peer in peers:
             nursery.start_soon(dial, peer, nursery.cancel_scope)
     return failures
-
-
-async def read_tables(host: Host, table: PeerTable) -> None:
-    """Read the whole table of every linked peer, at the same time.
-
-    Once one has told of anybody, the others have LAGGARD_SECONDS: who is silent must not hold up
-    a repair, and a newcomer's empty table is no answer.
-    """
-    await _read_all(host, table, lambda peer: fetch_table(host, peer, VIEW_SECONDS))
-
-
-async def read_views(host: Host, table: PeerTable, avoid: Collection[str] = ()) -> None:
-    """Read what a client lacks from every linked peer: as `read_tables`, but see `fetch_view`."""
-    known = table.known(MOST_KNOWN)
-    await _read_all(
-        host,
-        table,
-        lambda peer: fetch_view(host, peer, VIEW_SECONDS, known=known, avoid=avoid),
-    )
-
-
-async def _read_all(host: Host, table: PeerTable, fetch: Callable[[str], Awaitable[Given]]) -> None:
-    async def take(peer: str, scope: trio.CancelScope) -> None:
-        try:
-            given = await fetch(peer)
-        except SwarmError as error:
-            log.debug("%s gave no table: %s", peer, error.message)
-            return
-        await _take(given, peer, table)
-        if not given.is_empty:
-            scope.deadline = min(scope.deadline, trio.current_time() + LAGGARD_SECONDS)
-
-    async with trio.open_nursery() as nursery:
-        for peer in sorted(host.links()):
-            nursery.start_soon(take, peer, nursery.cancel_scope)
-    for record in table.records(trio.current_time()):
-        host.learn(record.peer, record.addresses)  # a table's holder knows whom it may dial
-
-
-async def _take(given: Given, peer: str, table: PeerTable) -> None:
-    for signed, age in given.records:
-        try:
-            table.add(signed, trio.current_time(), age)
-        except PeerFault as fault:
-            log.debug("%s gave a damaged record: %s", peer, fault.message)
-        await trio.lowlevel.checkpoint()  # a signature takes 0.1 ms, a table may hold thousands
 
 
 async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:

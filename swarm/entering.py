@@ -13,12 +13,14 @@ from pathlib import Path
 
 import trio
 
-from swarm.client import enter, read_tables
+from swarm.client import enter
 from swarm.errors import BadInput, SwarmError
+from swarm.hub import commit_in, find_model
 from swarm.invite import PUBLIC_SECRET, Invite, new_secret, swarm_id_of
-from swarm.model import Description, describe, download
+from swarm.model import Description, describe
 from swarm.notebook import Notebook
 from swarm.peers import PeerTable
+from swarm.reading import read_tables
 from swarm.record import PeerRecord
 from swarm.settings import DEMO_FOLDER, ServeSettings
 from swarm.tasks import in_thread
@@ -92,9 +94,9 @@ async def describe_swarms(host: Host, invite: Invite | None) -> Description:
     demo = await _described(DEMO_FOLDER)
     if swarm_id_of(demo.fingerprint) == invite.swarm_id:
         return demo
-    named = next((record.hub_name for record in records if record.hub_name), "")
-    if named:
-        return await _described(named)
+    named = next((record for record in records if record.hub_name), None)
+    if named is not None:
+        return await _described(named.hub_name, commit_in(named.revision))
     name = records[0].model_name if records else "a model nobody serves yet"
     raise BadInput(
         f"this swarm serves {name}, whose weights have no hub name",
@@ -122,14 +124,17 @@ def addresses_of(records: Iterable[PeerRecord]) -> list[str]:
     ]
 
 
-async def _described(model: Path | str) -> Description:
-    # A download may take hours, and Ctrl-C must not wait for it.
-    return await in_thread(partial(_describe_any, model))
+async def _described(model: Path | str, commit: str = "") -> Description:
+    # The hub may be slow, and Ctrl-C must not wait for it.
+    return await in_thread(partial(_describe_any, model, commit))
 
 
-def _describe_any(model: Path | str) -> Description:
-    """Describe a folder, or a hub name once its files are here."""
-    return describe(model) if isinstance(model, Path) else describe(download(model), model)
+def _describe_any(model: Path | str, commit: str) -> Description:
+    """Describe a folder, or a hub name once its small files are here."""
+    if isinstance(model, Path):
+        return describe(model)
+    hub = find_model(model, commit)
+    return describe(hub.folder, hub)
 
 
 def _is_invitable(address: str) -> bool:

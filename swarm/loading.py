@@ -5,6 +5,7 @@ Imports torch: only servers come here.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -20,7 +21,16 @@ from routing.placement import HEADROOM, largest_spans
 from routing.span import Span
 from swarm.console import Console
 from swarm.errors import BadInput
-from swarm.model import VALUE_BYTES, Description, choose_span, load, sizes_of, weight_bytes
+from swarm.model import (
+    VALUE_BYTES,
+    Description,
+    choose_span,
+    digests_of,
+    fetch,
+    load,
+    sizes_of,
+    weight_bytes,
+)
 from swarm.moving import Freedom
 from swarm.node import Holding
 from swarm.pace import Speeds
@@ -30,6 +40,8 @@ from swarm.tasks import Result, in_thread
 MEASURE_SECONDS = 1.5
 # No server keeps caches for more: beyond this its memory is better left to the machine.
 MOST_CACHE_TOKENS = 1 << 20
+HISTORY_SHARE = 10
+LEAST_HISTORY_BYTES = 64 << 20
 
 
 class Loader:
@@ -77,8 +89,21 @@ class Loader:
         sizes = sizes_of(self._description.checkpoint, self._dtype)
         return Freedom(candidates=tuple(largest_spans(sizes, self._free_bytes)))
 
+    async def fetch(self, span: Span) -> None:
+        """Bring here what is missing of the weights of these blocks. BadInput if they cannot be."""
+        work = partial(
+            fetch,
+            self._description,
+            span,
+            disk_bytes=self._settings.disk_bytes,
+            note=self._console.note,
+            progress=self._console.progress,
+        )
+        await in_thread(work)  # for hours perhaps, and Ctrl-C must not wait for it
+
     async def load(self, span: Span) -> Holding:
         """Load and measure these blocks; the caller closes what comes back. BadInput as `load`."""
+        await self.fetch(span)
         settings, description = self._settings, self._description
         progress = self._console.progress(f"loading blocks {span} of {description.card.name}")
         stack = await load_off_thread(description, span, self._dtype, settings.device, progress)
@@ -91,7 +116,9 @@ class Loader:
         if settings.memory_bytes is not None:
             left = min(left, settings.memory_bytes - weight_bytes(description, span, self._dtype))
         tokens = cache_tokens(description, token_bytes, left)
-        return holding_of(stack, speeds, Executor(stack, self._thread), tokens)
+        digests = await in_thread(partial(digests_of, description, span))
+        held = holding_of(stack, speeds, Executor(stack, self._thread), tokens)
+        return replace(held, digests=digests, history_bytes=_history_bytes())
 
 
 async def load_off_thread(
@@ -149,6 +176,11 @@ async def run_in(thread: ComputeThread, work: Callable[[], Result]) -> Result:
     thread.submit(run)
     await is_done.wait()
     return outcomes[0].unwrap()
+
+
+def _history_bytes() -> int:
+    """A tenth of the host memory that is free; what else a session makes us keep lies there too."""
+    return max(free_memory_bytes("cpu") // HISTORY_SHARE, LEAST_HISTORY_BYTES)
 
 
 def _free_bytes(device: str) -> int:

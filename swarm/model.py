@@ -4,9 +4,8 @@ Imports transformers: only servers come here.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,41 +13,61 @@ import torch
 
 from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
 from blocks.checkpoint import fingerprint as checkpoint_digest
+from blocks.digest import block_digests
 from blocks.errors import BlocksError
 from blocks.forecast import cache_bytes_per_block_token, sketch
 from blocks.load import Dtype, load_stack, resolve_dtype
 from blocks.measure import plan_bytes
+from blocks.needed import needed_shards
 from blocks.stack import Stack
 from routing.offer import Offer
 from routing.placement import BlockSizes, DoesNotFit, auto_span, newcomer_span
 from routing.span import Span
 from swarm.errors import BadInput, PeerFault
 from swarm.files import SmallFiles, fingerprint_of
+from swarm.hub import HubModel, Progress, fetch_shards, plan_fetching
 from swarm.planning import Wanted
+from swarm.record import DIGEST_BYTES, MOST_DIGESTS_BYTES
 from swarm.text import ModelCard
 
 # Room for a few conversations of full length; what is left of the memory is found after loading.
 PLANNED_SESSIONS = 4
 VALUE_BYTES = 4  # of keys, values and history at the widest
-WEIGHT_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A checkpoint, and what peers need to know of it."""
+    """A checkpoint, and what peers need to know of it.
+
+    The card bears the name that people know: of the folder, or of the hub. model.json among the
+    files bears none, so that a fingerprint does not depend on what somebody called a folder.
+    """
 
     checkpoint: Checkpoint
     card: ModelCard
     files: SmallFiles
     checkpoint_digest: str
     fingerprint: str
-    hub_name: str = ""
+    hub: HubModel | None = None  # where shards come from that are not here
+
+    @property
+    def hub_name(self) -> str:
+        """The model's name on the hub, if it came from there."""
+        return self.hub.name if self.hub else ""
+
+    @property
+    def revision(self) -> str:
+        """The commit there."""
+        return self.hub.commit if self.hub else ""
 
 
-def describe(folder: Path, hub_name: str = "") -> Description:
-    """Read everything but the weights. BadInput names the file that is missing or damaged."""
+def describe(folder: Path, hub: HubModel | None = None) -> Description:
+    """Read everything but the weights. BadInput names the file that is missing or damaged.
+
+    Of a model of the hub the weights need not be here.
+    """
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder, hub.heads if hub else None)
         card = json.dumps(model_card(checkpoint), sort_keys=True).encode()
         digest = checkpoint_digest(checkpoint)
         files = {name: path.read_bytes() for name, path in small_files(checkpoint).items()}
@@ -57,8 +76,10 @@ def describe(folder: Path, hub_name: str = "") -> Description:
         raise BadInput(str(error)) from error
     if "tokenizer.json" not in small:
         raise BadInput(
-            f"{folder} has no tokenizer.json",
-            next_step="save the model's fast tokenizer there (save_pretrained)",
+            f"{hub.name if hub else folder} has no tokenizer.json",
+            next_step="choose a model with a fast tokenizer"
+            if hub
+            else "save the model's fast tokenizer there (save_pretrained)",
         )
     try:
         read = ModelCard.read(card)
@@ -66,29 +87,12 @@ def describe(folder: Path, hub_name: str = "") -> Description:
         raise BadInput(f"{folder}: {fault.message}") from fault
     return Description(
         checkpoint=checkpoint,
-        card=read,
+        card=replace(read, name=hub.name if hub else folder.resolve().name),
         files=small,
         checkpoint_digest=digest,
         fingerprint=fingerprint_of(digest, small.digest),
-        hub_name=hub_name,
+        hub=hub,
     )
-
-
-def download(name: str) -> Path:
-    """Return the folder of a hub model, fetched if it is not here yet. BadInput if it cannot be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=WEIGHT_FILES))
-    except HFValidationError as error:
-        raise BadInput(f"{name} is neither a folder nor a hub name") from error
-    except (HfHubHTTPError, OSError) as error:  # not in the cache counts as the latter
-        is_offline = os.environ.get("HF_HUB_OFFLINE")
-        raise BadInput(
-            f"{name} is neither a folder here nor could it be had from the hub",
-            next_step="unset HF_HUB_OFFLINE" if is_offline else "check the name and the network",
-        ) from error
 
 
 def choose_span(
@@ -162,6 +166,44 @@ def weight_bytes(description: Description, span: Span, dtype: Dtype) -> int:
     return plan_bytes(description.checkpoint, dtype).span_bytes(span.start, span.stop)
 
 
+def fetch(
+    description: Description,
+    span: Span,
+    *,
+    disk_bytes: int | None,
+    note: Callable[[str], None],
+    progress: Callable[[str], Progress],
+) -> None:
+    """Bring here what is missing of the weights of these blocks; nothing to do for a folder.
+
+    `disk_bytes` is the most that the model's shards may take on this disk. BadInput as
+    `fetch_shards`.
+    """
+    checkpoint, hub = description.checkpoint, description.hub
+    if hub is None or not checkpoint.absent:
+        return
+    try:
+        wanted = needed_shards(checkpoint, span.start, span.stop)
+    except BlocksError as error:
+        raise BadInput(str(error)) from error
+    plan = plan_fetching(hub, checkpoint.shard_bytes, wanted)
+    fetch_shards(hub, plan, budget_bytes=disk_bytes, note=note, progress=progress)
+
+
+def digests_of(description: Description, span: Span) -> bytes:
+    """Return the digests of these blocks as a record tells them; none if they are too many.
+
+    BadInput names a shard that cannot be read.
+    """
+    if len(span) * DIGEST_BYTES > MOST_DIGESTS_BYTES:
+        return b""
+    try:
+        each = block_digests(description.checkpoint, span.start, span.stop, DIGEST_BYTES)
+    except BlocksError as error:
+        raise BadInput(str(error)) from error
+    return b"".join(each)
+
+
 def load(
     description: Description,
     span: Span,
@@ -169,10 +211,16 @@ def load(
     device: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Stack:
-    """Load the blocks. BadInput says what is wrong with the checkpoint, or that they do not fit."""
+    """Load the blocks, all of whose shards must be here (see `fetch`).
+
+    BadInput says what is wrong with the checkpoint, or that they do not fit.
+    """
+    checkpoint = description.checkpoint
     try:
+        if checkpoint.absent:
+            checkpoint = checkpoint.only(needed_shards(checkpoint, span.start, span.stop))
         return load_stack(
-            description.checkpoint,
+            checkpoint,
             span.start,
             span.stop,
             dtype=dtype,

@@ -9,10 +9,11 @@
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import trio
 
@@ -34,7 +35,15 @@ GOODBYE_SECONDS = 1.0
 # Before it is measured: what a CPU gives for a block of a few hundred MB.
 GUESSED_SECONDS_PER_BLOCK = 0.01
 
-Load = Callable[[Span], Awaitable[Holding]]
+
+class Loads(Protocol):
+    """Brings the blocks of a span here, and then into memory."""
+
+    async def fetch(self, span: Span) -> None:
+        """Bring here what is missing of their weights, while others may be served."""
+
+    async def load(self, span: Span) -> Holding:
+        """Load and measure them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +58,10 @@ class Keeper:
     """Keeps a node's blocks. Made by `open_keeper`."""
 
     def __init__(
-        self, node: Node, load: Load, freedom: Freedom | None, note: Callable[[str], None]
+        self, node: Node, loader: Loads, freedom: Freedom | None, note: Callable[[str], None]
     ) -> None:
         self._node = node
-        self._load = load
+        self._loader = loader
         self._freedom = freedom
         self._note = note
         self._holding: Holding | None = None
@@ -64,7 +73,7 @@ class Keeper:
         """Load these blocks and serve them. A SwarmError of the loading leaves the node joining."""
         started = trio.current_time()
         await self._node.join(span, guessed_speeds(self._node.offers()))
-        self._holding = await self._load(span)
+        self._holding = await self._loader.load(span)
         await self._node.hold(self._holding)
         self._moved_at = trio.current_time()
         self._seconds_to_load = self._moved_at - started
@@ -102,6 +111,12 @@ class Keeper:
             await self._node.step_back(False)
             return
         before = self._held()
+        try:
+            await self._loader.fetch(settled)
+        except SwarmError as error:
+            self._note(f"blocks {settled} cannot be had: {error.message}")
+            await self._rest()
+            return
         self._note(f"moving from blocks {before} to {settled}, which need a server more")
         await self._node.release(HAND_OVER_SECONDS)
         await self.let_go()
@@ -111,6 +126,11 @@ class Keeper:
             self._note(f"blocks {settled} cannot be held here: {error.message}")
             await self.take(before)
         self._note(f"serving blocks {self._held()}")
+
+    async def _rest(self) -> None:
+        """Stay, and look again only after a rest, as if it had just come."""
+        self._moved_at = trio.current_time()
+        await self._node.step_back(False)
 
     def _held(self) -> Span:
         if self._holding is None:
@@ -171,7 +191,7 @@ def guessed_speeds(offers: Sequence[Offer]) -> Speeds:
 @asynccontextmanager
 async def open_keeper(
     node: Node,
-    load: Load,
+    loader: Loads,
     span: Span,
     *,
     freedom: Freedom | None = None,
@@ -181,7 +201,7 @@ async def open_keeper(
 
     `freedom`: None for a server that stays where it is. `note` is told of each move in a sentence.
     """
-    keeper = Keeper(node, load, freedom, note)
+    keeper = Keeper(node, loader, freedom, note)
     try:
         await keeper.take(span)
         yield keeper

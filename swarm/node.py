@@ -28,7 +28,7 @@ from swarm.peers import PeerTable
 from swarm.probe import measure_round_trip, serve_probe
 from swarm.pulse import Pulse
 from swarm.record import PeerRecord, State, digests_of, place_of
-from swarm.server import Room, Server
+from swarm.server import HISTORY_BYTES, Room, Server
 from swarm.tasks import open_tasks
 from swarm.transport import Host
 from swarm.whereabouts import Whereabouts
@@ -57,6 +57,7 @@ class Holding:
     device: str
     quantization: str = "none"
     digests: bytes = b""  # of its blocks, as a record tells them
+    history_bytes: int = HISTORY_BYTES
     close: Callable[[], None] = lambda: None
 
 
@@ -134,6 +135,7 @@ class Node:
             span=holding.span,
             fingerprint=self._description.fingerprint,
             cache_tokens=holding.cache_tokens,
+            history_bytes=holding.history_bytes,
         )
         pace = Pace(holding.speeds)
         executor = PacedExecutor(holding.executor, pace, trio.current_time)
@@ -234,6 +236,7 @@ class Node:
             checkpoint_digest=told.checkpoint_digest,
             files_digest=told.files.digest,
             hub_name=told.hub_name,
+            revision=told.revision,
             model_name=told.card.name[:_MOST_MODEL_NAME],
             blocks=told.card.blocks,
             span=str(span),

@@ -76,8 +76,8 @@ def read_machines(path: Path) -> tuple[Machine, ...]:
 def _machine(peer: _Peer, name: str, copy: int) -> Machine:
     return Machine(
         name=name if peer.count == 1 else f"{name}-{copy}",
-        memory_bytes=parse_bytes(peer.memory),
-        bytes_per_second=float(parse_bytes(peer.reads)),
+        memory_bytes=parse_bytes(peer.memory, "memory"),
+        bytes_per_second=float(parse_bytes(peer.reads, "reads")),
         round_trip_seconds=peer.rtt_ms / 1000,
     )
 

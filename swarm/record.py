@@ -25,6 +25,7 @@ MOST_RECORD_BYTES = 2048  # two per packet train of a slow uplink; gossip sends 
 MOST_VALID_SECONDS = 120.0  # a ghost lives no longer, whatever it promised
 DEFAULT_VALID_SECONDS = 35.0  # three announcements of ten seconds may be lost
 
+MOST_DIGESTS_BYTES = 1024
 DIGEST_BYTES = 6  # of each block: equal by chance once in 10**14 pairs
 
 _SIGNED_AS = b"swarm record 1\0"  # so that no other signature of the key passes for a record's
@@ -62,7 +63,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     # the network coordinate: four axes, height, error; empty if unknown
     place: Annotated[tuple[float, ...], msgspec.Meta(max_length=6)] = ()
     # DIGEST_BYTES for each block held, or none: see `digests`
-    digests: Annotated[bytes, msgspec.Meta(max_length=1024)] = b""
+    digests: Annotated[bytes, msgspec.Meta(max_length=MOST_DIGESTS_BYTES)] = b""
     name: Line = ""
     version: Line = ""  # of the program
     protocol: Count = PROTOCOL_VERSION

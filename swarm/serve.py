@@ -17,7 +17,6 @@ from typing import Any
 import trio
 
 from blocks.executor import ComputeThread
-from swarm.client import read_tables
 from swarm.console import Console
 from swarm.control_server import Answer, serve_control
 from swarm.entering import (
@@ -36,6 +35,7 @@ from swarm.loading import Loader
 from swarm.moving import Keeper, open_keeper
 from swarm.node import Node, open_node
 from swarm.notebook import MOST_ADDRESSES, Notebook, SwarmNote, read_notebook, write_notebook
+from swarm.reading import read_tables
 from swarm.settings import ServeSettings, home
 from swarm.status import status_of
 from swarm.transport import Host
@@ -90,7 +90,7 @@ async def serve(settings: ServeSettings, console: Console) -> None:
         keeper = await stack.enter_async_context(
             open_keeper(
                 node,
-                loader.load,
+                loader,
                 loader.choose(node.offers(), seed),
                 freedom=loader.freedom(),
                 note=console.note,

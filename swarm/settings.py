@@ -43,6 +43,7 @@ class ServeSettings:
     dtype: str = "auto"
     device: str = "cpu"
     memory_bytes: int | None = None
+    disk_bytes: int | None = None  # for all shards of the model that are here; None: what is free
     listen: str = "0.0.0.0"  # a server of a swarm is there to be reached
     port: int | None = None  # None: the one used before, or any
     announce: tuple[str, ...] = ()
@@ -90,12 +91,12 @@ def parse_dtype(text: str) -> str:
     return text
 
 
-def parse_bytes(text: str) -> int:
-    """Read "8GB", "500M" or plain bytes. BadInput says what is allowed."""
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """Read "8GB", "500M" or plain bytes. BadInput says what is allowed for the option."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     amount = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
     if not 1 <= amount < _MOST_BYTES:
-        raise BadInput(f"--memory {text} is not an amount", next_step="give one like 8GB or 500MB")
+        raise BadInput(f"{option} {text} is not an amount", next_step="give one like 8GB or 500MB")
     return int(amount)
 
 

@@ -43,6 +43,13 @@ def serve(
             envvar="SWARM_MEMORY", help="The most memory to use, like 8GB. Default: what is free."
         ),
     ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SWARM_DISK",
+            help="The most room for a hub model's shards, like 50GB. Default: what is free.",
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(envvar="SWARM_HOST", help="The address to listen on.")
     ] = "0.0.0.0",
@@ -103,6 +110,7 @@ def serve(
             dtype=checked.parse_dtype(dtype),
             device=device,
             memory_bytes=checked.parse_bytes(memory) if memory else None,
+            disk_bytes=checked.parse_bytes(disk, "--disk") if disk else None,
             listen=host,
             port=port,
             announce=tuple(announce or ()),

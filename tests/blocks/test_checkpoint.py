@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from tiny_models import BLOCKS, TinyModel
 
-from blocks.checkpoint import fingerprint, model_card, open_checkpoint, small_files
+from blocks.checkpoint import (
+    fingerprint,
+    head_bytes,
+    model_card,
+    open_checkpoint,
+    shard_names,
+    small_files,
+)
 from blocks.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -158,5 +165,76 @@ def test_a_card_takes_its_ends_from_the_generation_config_if_there_is_one(folder
     card = model_card(open_checkpoint(folder))
     assert (card["end_of_sequence_ids"], card["begin_of_sequence_id"]) == ([4, 5], None)
     assert card["generation"] == {"temperature": 0.6, "do_sample": True}
-    assert (card["name"], card["blocks"], card["format"]) == ("copy", BLOCKS, 1)
+    assert (card["name"], card["blocks"], card["format"]) == ("LlamaForCausalLM", BLOCKS, 1)
     assert json.loads(json.dumps(card)) == card
+
+
+def moved_away(folder: Path, *, kept_bytes: int | None = None) -> tuple[Path, Path]:
+    """Take a shard out of the folder and leave its head, or a part of it, in a folder of heads."""
+    path, heads = shard(folder), folder.parent / "heads"
+    data = path.read_bytes()
+    head = data[: head_bytes(data[:8])]
+    heads.mkdir()
+    (heads / path.name).write_bytes(head if kept_bytes is None else head[:kept_bytes])
+    return path.rename(folder.parent / path.name), heads
+
+
+def test_a_shard_that_is_not_here_is_known_by_its_head(llama: TinyModel, folder: Path) -> None:
+    away, heads = moved_away(folder)
+    checkpoint = open_checkpoint(folder, heads)
+    assert checkpoint.absent == (away.name,)
+    assert checkpoint.tensors == llama.checkpoint.tensors
+    assert fingerprint(checkpoint) == fingerprint(llama.checkpoint)
+    assert checkpoint.shard_bytes == llama.checkpoint.shard_bytes
+    assert checkpoint.shard_bytes[away.name] == away.stat().st_size
+    away.rename(folder / away.name)
+    assert checkpoint.absent == ()
+
+
+def test_a_missing_shard_is_refused_only_where_it_is_asked_for(folder: Path) -> None:
+    away, heads = moved_away(folder)
+    checkpoint = open_checkpoint(folder, heads)
+    others = [name for name in checkpoint.shards if name != away.name]
+    assert checkpoint.only(others).shards == tuple(others)
+    assert checkpoint.only(others).tensors == checkpoint.tensors
+    with pytest.raises(CheckpointError, match=rf"shard .*{away.name} is missing"):
+        checkpoint.only(checkpoint.shards)
+
+
+def test_a_shard_that_is_not_what_its_head_announced_is_refused_by_name(folder: Path) -> None:
+    away, heads = moved_away(folder)
+    checkpoint = open_checkpoint(folder, heads)
+    data = away.read_bytes()
+    for other in (data.replace(b'"F32"', b'"I32"', 1), data.replace(b"model.", b"nodel.", 1)):
+        (folder / away.name).write_bytes(other)
+        with pytest.raises(CheckpointError, match=rf"{away.name} holds other tensors"):
+            checkpoint.only([away.name])
+    (folder / away.name).write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=rf"{away.name} has .* cut off or damaged"):
+        checkpoint.only([away.name])
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60])
+def test_a_head_that_was_cut_off_is_refused_by_name(folder: Path, kept: int) -> None:
+    away, heads = moved_away(folder, kept_bytes=kept)
+    with pytest.raises(CheckpointError, match=rf"{away.name} was cut off in its header"):
+        open_checkpoint(folder, heads)
+
+
+@pytest.mark.parametrize("beginning", [b"", b"\1\0\0", b"\xff" * 8, b"PK\3\4\x14\0\x08\x08"])
+def test_what_is_no_safetensors_file_has_no_head(beginning: bytes) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        head_bytes(beginning)
+
+
+def test_the_shards_of_a_folder_are_known_before_they_are_here(folder: Path) -> None:
+    names = tuple(sorted(path.name for path in folder.glob("*.safetensors")))
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    assert shard_names(folder) == names
+    (folder / INDEX).unlink()
+    assert shard_names(folder) == ("model.safetensors",)
+
+
+def test_a_card_is_the_same_whatever_the_folder_is_called(llama: TinyModel, folder: Path) -> None:
+    assert model_card(open_checkpoint(folder)) == model_card(llama.checkpoint)

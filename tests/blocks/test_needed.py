@@ -80,6 +80,20 @@ def test_fused_experts_are_found_by_their_old_names(mixtral: TinyModel, reads: s
         assert any("experts.3.w1" in name for name in needed)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_checkpoint_of_the_model_without_its_head_is_found_by_its_shorter_names(
+    tiny_model: Get, tmp_path: Path, reads: set[str], family: str
+) -> None:
+    inner = tiny_model(family, True).whole.base_model
+    inner.save_pretrained(tmp_path, max_shard_size="40KB")
+    checkpoint = open_checkpoint(tmp_path)
+    assert not any(name.startswith(("model.", "transformer.")) for name in checkpoint.tensors)
+    for start, stop in SPANS:
+        reads.clear()
+        load_stack(checkpoint, start, stop)
+        assert needed_tensors(checkpoint, start, stop) == reads != set()
+
+
 @pytest.mark.parametrize(("start", "stop"), SPANS)
 def test_a_span_loads_from_its_shards_alone_and_not_from_fewer(
     mixtral: TinyModel, tmp_path: Path, start: int, stop: int

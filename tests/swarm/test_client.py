@@ -12,7 +12,7 @@ from gossiping import run as run_network
 from routing.repair import NOTHING_RETRIED, Trouble
 from routing.route import Hop
 from routing.span import Span
-from swarm.client import REFRESH_SECONDS, open_client, read_tables, read_views
+from swarm.client import REFRESH_SECONDS, open_client
 from swarm.client_session import Broken
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.files import FileCache, SmallFiles, fingerprint_of, serve_files
@@ -21,6 +21,7 @@ from swarm.invite import Invite, swarm_id_of
 from swarm.memory import MemoryHost, MemoryNetwork
 from swarm.peers import PeerTable
 from swarm.prompt import PromptSettings, sampling_of
+from swarm.reading import read_tables, read_views
 from swarm.record import PeerRecord, sign_record, tombstone_of
 from swarm.settings import DEMO_FOLDER
 from swarm.text import GenerationDefaults, ModelCard

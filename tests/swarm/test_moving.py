@@ -68,6 +68,18 @@ class Kept:
         return self.loaded != [] and self.node.record().state in ("online", "draining")
 
 
+@dataclass
+class Loader:
+    """Loads, and fetches in no time what is not lost."""
+
+    load: Callable[[Span], Awaitable[Holding]]
+    lost: tuple[str, ...]
+
+    async def fetch(self, span: Span) -> None:
+        if str(span) in self.lost:
+            raise BadInput(f"the hub does not give blocks {span}")
+
+
 class World:
     def __init__(self, network: MemoryNetwork, nursery: trio.Nursery) -> None:
         self.network = network
@@ -80,6 +92,7 @@ class World:
         *,
         is_free: bool = True,
         refused: tuple[str, ...] = (),
+        lost: tuple[str, ...] = (),
         digests: bytes = b"",
     ) -> Kept:
         identity = IDENTITIES[len(self.all)]
@@ -116,7 +129,7 @@ class World:
                 freedom = Freedom() if is_free else None
                 note = kept.notes.append
                 async with open_keeper(
-                    node, load, Span.parse(span), freedom=freedom, note=note
+                    node, Loader(load, lost), Span.parse(span), freedom=freedom, note=note
                 ) as keeper:
                     is_up.set()
                     await keeper.move_when_needed()
@@ -224,6 +237,20 @@ def test_a_target_that_cannot_be_loaded_costs_a_rest_and_not_the_server() -> Non
         assert tried
         per_server = max(sum("cannot be held" in n for n in kept.notes) for kept in world.all)
         assert per_server <= 1800 / 600
+
+    run(body)
+
+
+def test_blocks_that_cannot_be_fetched_cost_a_rest_and_no_session() -> None:
+    async def body(world: World) -> None:
+        for span in ("0:2", "0:2", "0:2"):
+            await world.add(span, lost=("2:4",))
+        await world.add("2:4")
+        seen = await watched(world, 1000)
+        assert world.spans() == ["0:2", "0:2", "0:2", "2:4"]
+        assert all(kept.closed == 0 for kept in world.all)
+        assert min(min(rates) for rates in seen) > 0
+        assert any("cannot be had" in note for kept in world.all for note in kept.notes)
 
     run(body)
 
