@@ -86,6 +86,7 @@ class Client:
         self._read_at = float("-inf")
         self._avoided: frozenset[str] = frozenset()  # when the records were last read
         self.whereabouts = Whereabouts(self._seed)
+        self.is_exact = False  # True: only servers whose weights are not quantized
 
     def session(
         self, max_tokens: int, *, route_seconds: float = 30.0
@@ -146,7 +147,7 @@ class Client:
                 seed=self._seed,
             )
         except Gap as gap:
-            raise no_route(gap) from gap
+            raise no_route(gap, is_exact=self.is_exact) from gap
 
     def _best_route(self, avoid: frozenset[str], needed_tokens: int) -> Route:
         try:
@@ -159,13 +160,19 @@ class Client:
                 avoid=avoid,
             )
         except Gap as gap:
-            raise no_route(gap) from gap
+            raise no_route(gap, is_exact=self.is_exact) from gap
 
     def _offers(self) -> list[Offer]:
-        """Whom a route may use: not those whose weights most others contradict."""
+        """Whom a route may use: not those whose weights most others contradict, and none with
+        quantized ones if exact words are wanted.
+        """
         records = self.records()
         wrong = outvoted(records)
-        return [offer_of(record) for record in records if record.peer not in wrong]
+        return [
+            offer_of(record)
+            for record in records
+            if record.peer not in wrong and (record.quantization == "none" or not self.is_exact)
+        ]
 
     def _cost(self) -> CostModel:
         work = Work(
@@ -198,7 +205,7 @@ class Client:
             chosen = Random(self._seed).sample(known, min(len(known), MOST_DIALLED))
             await _dial_any(self.host, chosen, within=DIAL_SECONDS)
         before = {record.peer: record.sequence for record in self.records()}
-        if is_whole:
+        if is_whole or self.is_exact:  # the best of each block may all be quantized
             await read_tables(self.host, self.table)
         else:
             await read_views(self.host, self.table, avoid)
@@ -348,10 +355,12 @@ async def _load_or_fetch(host: Host, record: PeerRecord, cache: FileCache) -> Sm
     return files
 
 
-def no_route(gap: Gap) -> NoRoute:
+def no_route(gap: Gap, *, is_exact: bool = False) -> NoRoute:
     """Routing's answer as the error that users see."""
     uncovered = tuple(str(span) for span in gap.uncovered)
-    if uncovered:
+    if uncovered and is_exact:
+        step = "without --exact, servers with quantized weights would do too"
+    elif uncovered:
         step = "`swarm status` shows who is there, `swarm serve --join` adds a server"
     elif gap.full:
         step = "try again soon, or with fewer tokens (-n)"

@@ -38,6 +38,7 @@ class PromptSettings:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     route_seconds: float = 30.0
+    is_exact: bool = False  # only servers whose weights are not quantized
 
     def __post_init__(self) -> None:
         """Raise BadInput for what no model could do, before any swarm is asked."""
@@ -59,6 +60,7 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     check_prompt(prompt, card)
     most = min(settings.most_tokens, card.context_length - len(prompt))
     began = trio.current_time()
+    client.is_exact = settings.is_exact
     sampling = sampling_of(card.generation, settings)
     speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
     async with client.session(len(prompt) + most, route_seconds=settings.route_seconds) as session:

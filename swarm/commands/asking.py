@@ -58,6 +58,12 @@ def generate(
             envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
         ),
     ] = 30.0,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", envvar="SWARM_EXACT", help="Ask only servers with unquantized weights."
+        ),
+    ] = False,
     as_json: Json = False,
     stream_json: Annotated[
         bool,
@@ -87,6 +93,7 @@ def generate(
             seed=seed,
             stops=tuple(stop or ()),
             route_seconds=patience,
+            is_exact=exact,
         )
         import trio
 

@@ -280,6 +280,26 @@ def test_a_server_whose_weights_most_others_contradict_is_on_no_route(tmp_path: 
     run(body, tmp_path)
 
 
+def test_who_wants_exact_words_asks_no_quantized_server(tmp_path: Path) -> None:
+    async def body(swarm: Swarm, cache: Path) -> None:
+        plain = await swarm.add("0:4")
+        fast = await swarm.add("0:8", quantization="nf4", decode_seconds_per_block=0.0001)
+        await until(lambda: plain.knows(fast), within=30.0)
+        host = await swarm.client_host()
+        async with open_client(host, ME, swarm.invite(), FileCache(cache)) as client:
+            assert (await client.find_route(frozenset(), 10)).hops[0].peer == fast.peer
+            client.is_exact = True
+            with pytest.raises(NoRoute, match="blocks 4:8 are served by nobody") as missing:
+                await client.find_route(frozenset(), 10)
+            assert "--exact" in str(missing.value.next_step)
+            late = await swarm.add("4:8")
+            await until(lambda: plain.knows(late), within=30.0)
+            route = await client.find_route(frozenset(), 10)
+            assert [hop.peer for hop in route.hops] == [plain.peer, late.peer]
+
+    run(body, tmp_path)
+
+
 def test_a_client_keeps_links_to_servers_that_came_later(tmp_path: Path) -> None:
     async def body(swarm: Swarm, cache: Path) -> None:
         await swarm.add("0:8")
