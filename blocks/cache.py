@@ -9,9 +9,9 @@
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -30,6 +30,10 @@ _FIRST_ROOM_TOKENS = 64
 
 # How far a sliding layer remembers beyond its window, so that any draft can be rolled back.
 ROLLBACK_TOKENS = 64
+
+
+# transformers would take a subclass of some kinds for a better version of them.
+UNREGISTERED = {"_layer_type": None}
 
 
 @dataclass(slots=True)
@@ -138,8 +142,18 @@ def _growing_kind(kind: type) -> type:
             return ours
         # kinds that add to attention (an indexer, a convolution) keep all but the appending
         if issubclass(kind, theirs) and getattr(kind, "update", None) is theirs.update:
-            return type(f"Growing{kind.__name__}", (kind,), {"update": ours.update})
+            names = {"update": ours.update, "grows": kind, **UNREGISTERED}
+            return type(f"Growing{kind.__name__}", (kind,), names)
     return kind
+
+
+def kind_of(layer: Any) -> type:
+    """transformers' own kind of a layer that a stack holds."""
+    if isinstance(layer, _Growing):
+        return cast(type, DynamicLayer)
+    if isinstance(layer, _GrowingSliding):
+        return cast(type, DynamicSlidingWindowLayer)
+    return cast(type, getattr(type(layer), "grows", type(layer)))
 
 
 def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -165,7 +179,7 @@ def _ghost_kind(kind: type) -> type:
     def ignore(self: Any, value: Any) -> None:
         """Constructors and resets assign what a ghost computes."""
 
-    names: dict[str, Any] = dict.fromkeys(_MUTATORS, _nothing)
+    names: dict[str, Any] = {**dict.fromkeys(_MUTATORS, _nothing), **UNREGISTERED}
     if issubclass(kind, DynamicSlidingWindowLayer):
         names["cumulative_length"] = property(lambda self: self.session.length, ignore)
     elif issubclass(kind, DynamicLayer):
@@ -181,12 +195,16 @@ def _ghost_kind(kind: type) -> type:
 class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
     """The cache of one session in the blocks `start:stop`, passed to models as `past_key_values`.
 
+    `lent` are blocks before `start` whose keys these blocks share: they are stored here, too.
     `length` counts the positions computed. A stack brackets a step's layers by `begin` and
     `advance`; between them the cache is torn: layers that ran are ahead of those that did not.
     """
 
-    def __init__(self, config: PretrainedConfig, start: int, stop: int) -> None:
+    def __init__(
+        self, config: PretrainedConfig, start: int, stop: int, lent: Sequence[int] = ()
+    ) -> None:
         self.start, self.stop = start, stop
+        self.numbers = (*lent, *range(start, stop))  # of the layers that store something
         self.rows: int | None = None  # sequences side by side, set by the first step
         self.is_torn = False
         self._config: Any = config
@@ -201,12 +219,12 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
         self.layer_class_to_replicate = None
         for number, layer in enumerate(self.layers):
             kind: type = type(layer)
-            if self.start <= number < self.stop:
+            if number in self.numbers:
                 layer.__class__ = _growing_kind(kind)
             elif not isinstance(layer, DummyLayer):
                 layer.__class__ = _ghost_kind(kind)
                 layer.session = self._session
-        self.held = self.layers[self.start : self.stop]
+        self.held = [self.layers[number] for number in self.numbers]
 
     @property
     def length(self) -> int:

@@ -7,8 +7,8 @@ all come from transformers. Layers held elsewhere are stubs that pass their inpu
    the checkpoint's names must still fit.
 2. A stack keeps everything outside the layers if it holds the first or the last block, and nothing
    with weights if it holds neither.
-3. Of the two big matrices only the needed one stays: the embedding with block 0, the head with the
-   last block. A tied head without block 0 keeps the embedding's tensor, as storage.
+3. Of the big matrices only the needed ones stay: what is looked up by token with block 0, the head
+   with the last block. A tied head without block 0 keeps the embedding's tensor, as storage.
 4. Nothing of ours is registered on the model: a second name of a module would make the loader
    initialise loaded weights again.
 """
@@ -52,22 +52,31 @@ class Skip(nn.Module):  # type: ignore[misc]  # torch is not followed
 class Void(nn.Module):  # type: ignore[misc]  # torch is not followed
     """Stands for a module outside the layers that this stack does not need.
 
-    An embedding gives zeros, everything else passes its input on. What it gives never reaches a
-    held layer: the real hidden states are injected there.
+    An embedding or a linear module gives zeros of its width, everything else passes its input on.
+    What it gives never reaches a held layer: the real hidden states are injected there.
     """
 
     def __init__(self, twin: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(twin=twin, width=getattr(twin, "embedding_dim", None))
+        width = getattr(twin, "embedding_dim", getattr(twin, "out_features", None))
+        self.__dict__.update(twin=twin, width=width)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["twin"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros for an embedding, else the first argument."""
-        value = args[0] if args else next(iter(kwargs.values()))
-        width = self.__dict__["width"]
-        return value if width is None else torch.zeros(*value.shape, width, device=value.device)
+        """Return zeros in the dtype of what it stands for, or the first argument."""
+        # a learned position's first argument may be the mask of the whole past
+        value = kwargs.get("position_ids")
+        if value is None:
+            value = args[0] if args else next(iter(kwargs.values()))
+        twin, width = self.__dict__["twin"], self.__dict__["width"]
+        if width is None:
+            return value
+        is_embedding = hasattr(twin, "embedding_dim")
+        axes = value.shape if is_embedding else value.shape[:-1]
+        dtype = twin.weight.dtype if is_embedding else value.dtype
+        return torch.zeros(*axes, width, dtype=dtype, device=value.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +143,40 @@ def layer_arity(inner: type[nn.Module], name: str) -> int:
     Read from the loop's source, because a stub must answer in the layers' form before any real
     layer has run. A running stack compares it with what its layers return.
     """
+    tree = _source(inner)
+    assignment = _layer_assignment(tree, name)
+    return 0 if assignment is None else _arity_of(assignment.targets[0], tree)
+
+
+def handed_on(inner: type[nn.Module], name: str) -> str | int | None:
+    """Which argument of a layer takes the second thing that the layer before returned.
+
+    Its name or, where the loop passes it without, its place; None if nothing is handed on.
+    """
+    assignment = _layer_assignment(_source(inner), name)
+    if assignment is None or not isinstance(assignment.targets[0], ast.Tuple):
+        return None
+    _, second, *_ = assignment.targets[0].elts
+    call = cast(ast.Call, assignment.value)
+    handed = ast.unparse(second)
+    for keyword in call.keywords:
+        if ast.unparse(keyword.value) == handed:
+            return keyword.arg
+    places = (place for place, value in enumerate(call.args) if ast.unparse(value) == handed)
+    return next(places, None)
+
+
+def _source(inner: type[nn.Module]) -> ast.AST:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(inner.forward))))
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(inner.forward))))
     except (OSError, SyntaxError) as error:
         raise BlocksError(
             f"{inner.__name__} has no source to read its layers' form from"
         ) from error
+
+
+def _layer_assignment(tree: ast.AST, name: str) -> ast.Assign | None:
+    """The statement of the loop over `self.<name>` that runs a layer and keeps what it gives."""
     called = {name} | {
         target.id
         for loop in ast.walk(tree)
@@ -153,8 +190,8 @@ def layer_arity(inner: type[nn.Module], name: str) -> int:
             and isinstance(node.value, ast.Call)
             and _runs_layer(node.value, called)
         ):
-            return _arity_of(node.targets[0], tree)
-    return 0
+            return node
+    return None
 
 
 def _runs_layer(call: ast.Call, called: set[str]) -> bool:
@@ -190,18 +227,42 @@ def _mentions(node: ast.AST, names: set[str]) -> bool:
 def carve(model: PreTrainedModel, start: int, stop: int) -> None:
     """Replace in place what the stack `start:stop` does not hold; before weights are loaded."""
     parts = anatomy(model)
+    lent = _lent_modules(model, parts, range(start, stop))
     for number in range(len(parts.layers)):
         if not start <= number < stop:
-            parts.layers[number] = Skip(parts.layers[number], parts.arity)
+            stub = parts.layers[number] = Skip(parts.layers[number], parts.arity)
+            for name in lent.get(number, ()):
+                stub._modules[name] = getattr(stub, name)  # `add_module` sees it there already
     holds_first, holds_last = start == 0, stop == len(parts.layers)
     if not (holds_first or holds_last):
         _empty_ends(model, parts.path)
     elif not holds_last:
         _void(model, model.get_output_embeddings())
-    elif not holds_first and not is_tied(model):
-        _void(model, model.get_input_embeddings())
-    if not holds_last:
-        model.all_tied_weights_keys = {}
+    elif not holds_first:
+        _void_tables(model, parts.path)
+    names = {name for name, _ in model.named_parameters()}
+    model.all_tied_weights_keys = {
+        name: source
+        for name, source in model.all_tied_weights_keys.items()
+        if name in names and source in names
+    }
+
+
+def _lent_modules(model: PreTrainedModel, parts: Anatomy, span: range) -> dict[int, set[str]]:
+    """Modules of layers elsewhere whose weights are those of held layers too, by layer.
+
+    On disk they are there under the name of one layer only. Its stub keeps them, as storage.
+    """
+    lent: dict[int, set[str]] = {}
+    depth = parts.path.count(".") + 1
+    for name, source in model.all_tied_weights_keys.items():
+        if name.startswith(f"{parts.path}.") and source.startswith(f"{parts.path}."):
+            (taker, _), (giver, module) = (
+                one.split(".")[depth : depth + 2] for one in (name, source)
+            )
+            if int(taker) in span and int(giver) not in span:
+                lent.setdefault(int(giver), set()).add(module)
+    return lent
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -219,7 +280,30 @@ def _empty_ends(model: PreTrainedModel, path: str) -> None:
         parent = model.get_submodule(".".join(names[:depth]))
         for name, child in list(parent.named_children()):
             if name != kept and next(child.parameters(), None) is not None:
-                setattr(parent, name, Void(child))
+                setattr(parent, name, _emptied(child))
+
+
+def _emptied(module: nn.Module) -> nn.Module:
+    """A stand-in for the module; a list of modules becomes one of stand-ins."""
+    if isinstance(module, nn.ModuleList):
+        return nn.ModuleList([_emptied(one) for one in module])
+    return Void(module)
+
+
+def _void_tables(model: PreTrainedModel, path: str) -> None:
+    """Void what is looked up by token outside the layers, but for a matrix that is the head's too.
+
+    Some families have a second table by token, larger than all else.
+    """
+    embedding = model.get_input_embeddings()
+    kept = embedding if is_tied(model) else None
+    decoder = model.config.get_text_config(decoder=True).to_dict()
+    sizes = {value for name, value in decoder.items() if name.startswith("vocab_size")}
+    for name, module in list(model.named_modules()):
+        is_table = isinstance(module, nn.Embedding) and module.num_embeddings in sizes
+        in_layers = name.startswith(f"{path}.")
+        if module is not kept and not in_layers and (is_table or module is embedding):
+            _void(model, module)
 
 
 def _void(model: PreTrainedModel, unneeded: nn.Module | None) -> None:

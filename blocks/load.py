@@ -3,8 +3,9 @@
 1. Only tensors that land in the stack are read, each once and lazily: a span of a model of any
    size costs its own bytes.
 2. transformers does the loading, so that all its conversions of old layouts apply.
-3. A stack that is returned has every weight from the checkpoint: missing or reshaped tensors are
-   refused, never initialised.
+3. A stack that is returned has every weight from the checkpoint: missing, reshaped or NaN tensors
+   are refused, never initialised or served.
+4. A quantized stack is the same whether it was quantized just now or read from a saved copy.
 """
 
 import logging
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +26,11 @@ from transformers.utils import logging as transformers_logging
 
 from blocks.carve import carved_class, text_config
 from blocks.checkpoint import Checkpoint
-from blocks.errors import CheckpointError
+from blocks.errors import BlocksError, CheckpointError
+from blocks.formats import Kind, is_nf4_fast
+from blocks.quantize import Quant, held_parts, hold
+from blocks.quantizer import QuantConfig, span_targets
+from blocks.saved import BUDGET_BYTES, SAFETENSORS_NAMES, SavedCopies, copy_key
 from blocks.stack import Stack
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -34,17 +40,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # a row of the table in transformers' report: name | CONVERSION | details, perhaps in colours
 _UNCONVERTED = re.compile(r"^([\w.]+)[^|\n]*\|[^|\n]*CONVERSION", re.MULTILINE)
 
+_SUMMED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_PIECE_VALUES = 2**20
+
 _SAFETENSORS_NAMES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 class LazySlice:
-    """A tensor of a shard that is read when it is indexed, as transformers' loader does it."""
+    """A tensor of a shard that is read when it is indexed, as transformers' loader does it.
 
-    def __init__(self, source: Any, on_read: Callable[[], None]) -> None:
-        self._source, self._on_read = source, on_read
+    Indexing raises CheckpointError for values that are no numbers.
+    """
+
+    def __init__(self, source: Any, label: str, on_read: Callable[[], None]) -> None:
+        self._source, self._label, self._on_read = source, label, on_read
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor = cast(torch.Tensor, self._source[index])
+        if has_nan(tensor):
+            raise CheckpointError(f"{self._label} holds values that are no numbers; fetch it again")
         self._on_read()
         return tensor
 
@@ -55,6 +69,16 @@ class LazySlice:
     def get_dtype(self) -> str:
         """safetensors' name of the dtype, without reading."""
         return cast(str, self._source.get_dtype())
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Is any value NaN? One pass at the speed of memory, as a sum takes NaN along."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    if tensor.dtype in _SUMMED and bool(tensor.sum().isfinite()):
+        return False
+    # rare: infinities, or sums beyond the dtype; in pieces, to take no memory to speak of
+    return any(bool(one.float().isnan().any()) for one in tensor.reshape(-1).split(_PIECE_VALUES))
 
 
 class _Tally:
@@ -103,38 +127,150 @@ def load_stack(
     *,
     dtype: Dtype = "float32",
     device: str = "cpu",
+    quant: Quant = "none",
+    saved: Path | None = None,
+    saved_budget_bytes: int = BUDGET_BYTES,
     progress: Progress | None = None,
 ) -> Stack:
     """Return blocks `start:stop` with the ends that belong to them, frozen and ready to run.
 
-    `progress` gets (values read, values in all), from threads of the loader but never from two at
-    once. On a CPU without a change of dtype the weights stay pages of the files: leave those be.
-    Raises CheckpointError naming the tensor that is missing or has another shape, ValueError for
-    blocks that the model does not have.
+    `dtype` is what the stack computes in, quantized or not. A quantized span is kept as a copy in
+    the folder `saved`, if given, and taken from there the next time; all copies together take no
+    more than `saved_budget_bytes`. `progress` gets (values read, values in all), from threads of
+    the loader but never from two at once. On a CPU without a change of dtype the weights stay pages
+    of the files, also of the copies: leave those be. Raises CheckpointError naming the tensor that
+    is missing, has another shape or is NaN, ValueError for blocks that the model does not have.
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
-    tally = _Tally(progress)
-    config = text_config(checkpoint.config)
-    with _quiet() as report:
-        try:
-            model, found = carved_class(config, start, stop, tally.expect).from_pretrained(
-                None,
-                config=config,
-                state_dict=lazy_tensors(checkpoint, tally.add),
-                dtype=resolve_dtype(checkpoint, dtype),
-                ignore_mismatched_sizes=True,  # listed, so that we can name them
-                output_loading_info=True,
-            )
-        except (RuntimeError, ValueError, SafetensorError) as error:
-            broken = _UNCONVERTED.findall(report.text)
-            what = f"tensor {broken[0]} is not whole" if broken else error
-            raise CheckpointError(
-                f"{checkpoint.folder} could not be loaded ({what}); fetch the checkpoint again"
-            ) from error
-    _refuse_gaps(checkpoint, found)
-    tally.finish()
+    span = _Span(checkpoint, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
+    if quant == "none":
+        model = span.load()
+    else:
+        copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
+        model = span.load_quantized(quant, copies)
     return Stack.of(model.requires_grad_(False).to(device), start, stop)
+
+
+class _Span:
+    """A span that is being loaded: what all ways to load it have in common."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+        device: str,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint, self._start, self._stop = checkpoint, start, stop
+        self._dtype, self._device, self._progress = dtype, device, progress
+
+    def load(
+        self,
+        config: QuantConfig | None = None,
+        held: Mapping[str, Any] | None = None,
+        shape: Callable[[PreTrainedModel], None] = lambda model: None,
+    ) -> PreTrainedModel:
+        """Load from the checkpoint and, if given, from tensors `held` elsewhere.
+
+        `config` quantizes what is read, `shape` changes the empty model before anything is.
+        """
+        checkpoint, tally = self._checkpoint, _Tally(self._progress)
+
+        def on_carved(model: PreTrainedModel) -> None:
+            tally.expect(model)
+            shape(model)
+
+        text = text_config(checkpoint.config)
+        extra = {} if config is None else {"quantization_config": config}
+        with _quiet() as report:
+            try:
+                model, found = carved_class(
+                    text, self._start, self._stop, on_carved
+                ).from_pretrained(
+                    None,
+                    config=text,
+                    state_dict={**lazy_tensors(checkpoint, tally.add), **(held or {})},
+                    dtype=self._dtype,
+                    ignore_mismatched_sizes=True,  # listed, so that we can name them
+                    output_loading_info=True,
+                    **extra,
+                )
+            except (RuntimeError, ValueError, SafetensorError) as error:
+                if config is not None and config.failures:
+                    raise BlocksError(config.failures[0]) from error
+                broken = _UNCONVERTED.findall(report.text)
+                what = f"tensor {broken[0]} is not whole" if broken else error
+                raise CheckpointError(
+                    f"{checkpoint.folder} could not be loaded ({what}); fetch the checkpoint again"
+                ) from error
+        _refuse_gaps(checkpoint, found)
+        tally.finish()
+        return cast(PreTrainedModel, model)
+
+    def load_quantized(self, kind: Kind, copies: SavedCopies | None) -> PreTrainedModel:
+        """The quantized model, from a saved copy if there is a good one."""
+        if copies is None:
+            return self._quantize(kind)
+        form = {
+            "kind": kind,
+            "device": torch.device(self._device).type,
+            "dtype": str(self._dtype),
+            "packed": str(kind == "nf4" and is_nf4_fast()),
+        }
+        key = copy_key(self._checkpoint, self._start, self._stop, form)
+        path = copies.find(key)
+        if path is not None:
+            model = self._restore(kind, path)
+            if model is not None:
+                return model
+            copies.drop(path)
+        model = self._quantize(kind)
+        copies.write(key, held_parts(model))
+        return model
+
+    def _quantize(self, kind: Kind) -> PreTrainedModel:
+        model = self.load(QuantConfig(kind, self._device, self._dtype))
+        model.hf_quantizer.remove_quantization_config(model)
+        return model
+
+    def _restore(self, kind: Kind, path: Path) -> PreTrainedModel | None:
+        """The model with the parts of a copy; None if they are not what the model holds."""
+
+        def shape(model: PreTrainedModel) -> None:
+            for target in span_targets(model, kind, self._device):
+                hold(model, target, self._dtype)
+
+        file: Any = safe_open(path, framework="pt")
+        held = {name: _Given(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        try:
+            model = self.load(held=held, shape=shape)
+        except CheckpointError:
+            return None  # if the checkpoint is to blame, loading it will say so again
+        parts = held_parts(model)
+        # transformers may convert what it loads: only tensors that went through untouched are right
+        is_same = parts.keys() == held.keys() and all(
+            part.data_ptr() == held[name].tensor.data_ptr() for name, part in parts.items()
+        )
+        return model if is_same else None
+
+
+class _Given:
+    """A tensor that is there already, in the form in which transformers' loader wants it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return SAFETENSORS_NAMES[self.tensor.dtype]
 
 
 def lazy_tensors(checkpoint: Checkpoint, on_read: Callable[[int], None]) -> dict[str, LazySlice]:
@@ -151,7 +287,8 @@ def lazy_tensors(checkpoint: Checkpoint, on_read: Callable[[int], None]) -> dict
             ) from error
         for name in file.keys():  # noqa: SIM118  # not a mapping
             values = math.prod(checkpoint.tensors[name].shape)
-            tensors[name] = LazySlice(file.get_slice(name), partial(on_read, values))
+            label = f"tensor {name} of shard {checkpoint.folder / shard}"
+            tensors[name] = LazySlice(file.get_slice(name), label, partial(on_read, values))
     return tensors
 
 
@@ -159,8 +296,8 @@ def _refuse_gaps(checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
     """CheckpointError for the first weight that transformers had to make up."""
     for name, on_disk, expected in sorted(found["mismatched_keys"]):
         raise CheckpointError(
-            f"tensor {name} of {checkpoint.folder} has shape {tuple(on_disk)} where the config "
-            f"calls for {tuple(expected)}; fetch the checkpoint again"
+            f"tensor {name} of {_file_of(checkpoint, name)} has shape {tuple(on_disk)} where the "
+            f"config calls for {tuple(expected)}; fetch the checkpoint again"
         )
     for name in sorted(found["missing_keys"]):
         raise CheckpointError(
@@ -168,6 +305,12 @@ def _refuse_gaps(checkpoint: Checkpoint, found: Mapping[str, Any]) -> None:
         )
     for message in found["error_msgs"]:
         raise CheckpointError(f"{checkpoint.folder} could not be loaded ({message})")
+
+
+def _file_of(checkpoint: Checkpoint, name: str) -> Path:
+    """The shard that holds the tensor, or the folder where transformers made it of several."""
+    entry = checkpoint.tensors.get(name)
+    return checkpoint.folder / entry.shard if entry else checkpoint.folder
 
 
 class _Report(logging.Filter):

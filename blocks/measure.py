@@ -18,6 +18,8 @@ from torch import nn
 from blocks.carve import causal_class, find_layers, is_tied, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.load import Dtype, resolve_dtype
+from blocks.quantize import Quant
+from blocks.quantizer import layer_targets
 from blocks.stack import Stack
 
 # A typical short conversation, and a chunk that keeps a CPU's matrix units busy.
@@ -90,8 +92,13 @@ def cache_bytes_per_token(stack: Stack) -> int:
     return int(cache.used_byte_count - one)
 
 
-def plan_bytes(checkpoint: Checkpoint, dtype: Dtype) -> Sizes:
-    """Count what each part of the checkpoint's model takes in `dtype`, without reading weights."""
+def plan_bytes(
+    checkpoint: Checkpoint, dtype: Dtype, quant: Quant = "none", *, device: str = "cpu"
+) -> Sizes:
+    """Count what each part of the checkpoint's model takes in `dtype`, without reading weights.
+
+    With `quant`, as much of the blocks as can be is held in that format on the device.
+    """
     config = text_config(checkpoint.config)
     with torch.device("meta"):
         model = causal_class(config)(config)
@@ -101,10 +108,16 @@ def plan_bytes(checkpoint: Checkpoint, dtype: Dtype) -> Sizes:
         weights = {one for module in modules if module for one in module.parameters()}
         return int(sum(weight.numel() for weight in weights) * itemsize)
 
-    _, layers = find_layers(model)
+    path, layers = find_layers(model)
+    saved = [0] * len(layers)
+    if quant != "none":
+        for number, layer in enumerate(layers):
+            for target in layer_targets(model, layer, f"{path}.{number}", quant, device):
+                weight = model.get_parameter(target.path)
+                saved[number] += weight.numel() * itemsize - target.byte_count
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return Sizes(
-        block_bytes=tuple(taken(layer) for layer in layers),
+        block_bytes=tuple(taken(layer) - less for layer, less in zip(layers, saved, strict=True)),
         embedding_bytes=taken(embedding),
         head_bytes=taken(head),
         other_bytes=taken(model) - taken(layers, embedding, head),

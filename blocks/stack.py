@@ -1,70 +1,24 @@
 """The blocks of a span, loaded here and run as the whole model would run them.
 
-1. Whatever a family does before its first layer or after its last never touches a span in the
-   middle: hidden states are injected at the first block and captured after the last one.
+1. Weights are frozen; only inputs have gradients (`backward`). What `run` returns are inference
+   tensors, which no backward pass takes.
 2. A step that raises StepError has changed nothing. After any other error the cache is torn, and
    only position 0 can follow.
 3. A stack and its parts run one at a time, in any thread: they share layers and hooks.
-4. Nothing here needs gradients: all tensors are inference tensors.
 """
 
-import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from blocks.cache import StackCache
-from blocks.carve import Skip, anatomy
-from blocks.checkpoint import context_length
 from blocks.errors import BlocksError, StepError
+from blocks.forward import Carved
+from blocks.join import JoinedCache, why_not_joined
+from blocks.sides import Sides, check_sides, sample_sides
 
 _INTEGERS = (torch.int32, torch.int64)
-
-
-class _Carved:
-    """A loaded, carved model and what is known of it; shared by a stack and its parts."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.parts = anatomy(model)
-        decoder: PretrainedConfig = model.config.get_text_config(decoder=True)
-        self.hidden_size: int = decoder.hidden_size
-        self.vocabulary_size: int = decoder.vocab_size
-        self.context_length = context_length(decoder)
-        embedding = model.get_input_embeddings()
-        # some families project between embedding and layers
-        self.embedding_size: int = getattr(embedding, "embedding_dim", self.hidden_size)
-        inner, whole = _parameters(self.parts.inner.forward), _parameters(model.forward)
-        self.inner_takes = inner.keys()
-        open_ended = any(one.kind is one.VAR_KEYWORD for one in whole.values())
-        self.whole_takes = whole.keys() | (inner.keys() if open_ended else set())
-        layer = next(one for one in self.parts.layers if not isinstance(one, Skip))
-        weight = next(layer.parameters())
-        self.dtype: torch.dtype = next(
-            (one.dtype for one in layer.parameters() if one.is_floating_point()), torch.float32
-        )
-        self.device: torch.device = weight.device
-
-    @contextmanager
-    def only(self, start: int, stop: int) -> Iterator[None]:
-        """Within, loaded layers outside `start:stop` pass their input on like the others."""
-        layers = self.parts.layers
-        idle = [
-            number
-            for number, layer in enumerate(layers)
-            if not (start <= number < stop or isinstance(layer, Skip))
-        ]
-        loaded = {number: layers[number] for number in idle}
-        try:
-            for number, layer in loaded.items():
-                layers[number] = Skip(layer, self.parts.arity)
-            yield
-        finally:
-            for number, layer in loaded.items():
-                layers[number] = layer
 
 
 class Stack:
@@ -74,9 +28,11 @@ class Stack:
     block. `blocks` is how many the whole model has.
     """
 
-    def __init__(self, carved: _Carved, start: int, stop: int) -> None:
+    def __init__(self, carved: Carved, start: int, stop: int) -> None:
         self._carved = carved
         self.start, self.stop = start, stop
+        self._span = range(start, stop)
+        self._may_join = False
         self.blocks = len(carved.parts.layers)
         self.holds_embedding = start == 0
         self.holds_head = stop == self.blocks
@@ -88,7 +44,7 @@ class Stack:
     @classmethod
     def of(cls, model: PreTrainedModel, start: int, stop: int) -> "Stack":
         """The stack of a loaded model that was carved to `start:stop` (or not at all)."""
-        return cls(_Carved(model), start, stop)
+        return cls(Carved(model), start, stop)
 
     def part(self, start: int, stop: int) -> "Stack":
         """A stack of some of these blocks that shares their weights. StepError if not held."""
@@ -98,7 +54,21 @@ class Stack:
 
     def new_cache(self) -> StackCache:
         """An empty cache for one session in these blocks."""
-        return StackCache(self._carved.model.config, self.start, self.stop)
+        lent = self._carved.sides.lent(self.start, self.stop)
+        return StackCache(self._carved.model.config, self.start, self.stop, lent)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of what these blocks need beside hidden states: nothing in most families."""
+        return self._carved.sides.needed(self.start)
+
+    def sample(self, tokens: int) -> tuple[torch.Tensor, Sides]:
+        """Random hidden states [1, tokens, ...] and sides to measure with, the same every time."""
+        generator = torch.Generator().manual_seed(0)
+        tail = self._carved.sides.hidden_tail or (self.hidden_size,)
+        hidden = torch.randn(1, tokens, *tail, generator=generator)
+        sides = sample_sides(self._carved.sides, self.start, tokens, generator)
+        return self._placed(hidden), {name: self._placed(side) for name, side in sides.items()}
 
     def run(
         self,
@@ -108,6 +78,7 @@ class Stack:
         start: int = 0,
         mask: torch.Tensor | None = None,
         logits_for: int | None = None,
+        sides: Sides | None = None,
     ) -> torch.Tensor:
         """Run positions `start` to `start + S` and return hidden states [B, S, ...] or logits.
 
@@ -115,13 +86,16 @@ class Stack:
         hidden_size]. `start` must be the cache's length, 0 without a cache. `mask` [B, start + S]
         tells the tokens (not 0) from the padding of the whole past. With `logits_for=n` (needs the
         head) float32 logits [B, n, vocabulary] of the last n positions, 0 for all of them. Hidden
-        states are those after the last block of the stack, before any final norm.
+        states are those after the last block of the stack, before any final norm. `sides` is what
+        travels beside hidden states in families that need more (see `needs`, most need nothing): a
+        stack takes from it what it needs, and leaves in it what later blocks need.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
         self._check(inputs, cache, start, logits_for)
         rows, tokens = inputs.shape[:2]
         mask = self._checked_mask(mask, rows, start + tokens)
+        beside = self._checked_sides(inputs, sides, start)
         wanted = tokens if logits_for == 0 else logits_for
         if cache is not None:
             cache.begin(rows)
@@ -129,68 +103,160 @@ class Stack:
             shared = {
                 "position_ids": self._positions(mask, start, tokens, rows),
                 "attention_mask": mask,
-                "past_key_values": cache,
-                "use_cache": cache is not None,
-                "return_dict": True,
             }
-            output = self._forward(inputs.to(self.device), shared, wanted)
+            output = self._carved.forward(
+                self._span,
+                self._placed(inputs),
+                shared,
+                cache=cache,
+                wanted=wanted,
+                sides=beside,
+            )
         if cache is not None:
             cache.advance(tokens)
+        if sides is not None:
+            sides.clear()
+            sides.update(beside)
         return output
 
-    def _forward(
-        self, inputs: torch.Tensor, shared: dict[str, Any], wanted: int | None
+    def run_joined(
+        self,
+        inputs: Sequence[torch.Tensor],
+        caches: Sequence[StackCache],
+        *,
+        logits_for: int | None = None,
+        sides: Sequence[Sides] = (),
     ) -> torch.Tensor:
-        carved = self._carved
-        captured: list[torch.Tensor] = []
-        with ExitStack() as undo:
-            undo.enter_context(carved.only(self.start, self.stop))
-            if inputs.is_floating_point():
-                undo.enter_context(self._injecting(inputs.to(self.dtype)))
-                size = (*inputs.shape[:2], carved.embedding_size)
-                # a tensor of its own, as some families write into it
-                shared["inputs_embeds"] = torch.zeros(size, dtype=self.dtype, device=self.device)
-            else:
-                shared["input_ids"] = inputs.long()
-            if wanted is None:
-                undo.enter_context(self._capturing(captured))
-                carved.parts.inner(**_only(shared, carved.inner_takes))
-                return captured.pop()
-            shared["logits_to_keep"] = wanted
-            logits = carved.model(**_only(shared, carved.whole_takes)).logits
-        return logits[:, -wanted:].float()  # some families know no logits_to_keep
+        """Run the next position of several sessions as one batch, rows in their order.
 
-    @contextmanager
-    def _injecting(self, hidden: torch.Tensor) -> Iterator[None]:
-        """Within, the first block gets `hidden` in place of what was computed before it."""
+        `inputs`: one position of one row each, all ids or all hidden states as in `run`, without
+        padding; each cache has a past. Returns hidden states [N, 1, ...], or float32 logits
+        [N, 1, vocabulary] with `logits_for` (0 or 1). In float32 what each row would get alone,
+        but for the rounding of larger products. `sides`, one for each session, are as in `run`. One
+        session alone runs as in `run`.
 
-        def inject(
-            layer: Any, args: tuple[Any, ...], named: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (hidden, *args[1:]), named
-            name = "hidden_states" if "hidden_states" in named else next(iter(named))
-            return args, {**named, name: hidden}
+        Raises StepError, having changed nothing, for what no stack could compute as sent, and
+        BlocksError where `why_not_joined` says why.
+        """
+        beside = sides or [{} for _ in inputs]
+        if len(inputs) == 1:
+            (one,), (cache,), (side,) = inputs, caches, beside
+            return self.run(one, cache=cache, start=cache.length, logits_for=logits_for, sides=side)
+        checked = self._checked_sessions(inputs, caches, logits_for, beside)
+        for cache in caches:
+            cache.begin(1)
+        with torch.inference_mode():
+            joined = JoinedCache(caches, self.device)
+            shared = {"position_ids": joined.position_ids, "attention_mask": joined.mask}
+            stacked = {name: torch.cat([side[name] for side in checked]) for name in checked[0]}
+            output = self._carved.forward(
+                self._span,
+                torch.cat([self._placed(one) for one in inputs]),
+                shared,
+                cache=joined,
+                wanted=None if logits_for is None else 1,
+                sides=stacked,
+            )
+            joined.commit()
+        for number, (cache, side) in enumerate(zip(caches, beside, strict=True)):
+            cache.advance(1)
+            side.clear()
+            side.update({name: rows[number : number + 1] for name, rows in stacked.items()})
+        return output
 
-        layer = self._carved.parts.layers[self.start]
-        with layer.register_forward_pre_hook(inject, with_kwargs=True):
-            yield
+    def _checked_sessions(
+        self,
+        inputs: Sequence[torch.Tensor],
+        caches: Sequence[StackCache],
+        logits_for: int | None,
+        sides: Sequence[Sides],
+    ) -> list[Sides]:
+        """What these blocks need of the sides of sessions that can join, or why they cannot."""
+        checked: list[Sides] = []
+        for one, cache, side in zip(inputs, caches, sides, strict=True):
+            self._check(one, cache, cache.length, logits_for)
+            if one.shape[:2] != (1, 1) or not cache.length:
+                raise StepError("sessions join with one position of one row, and with a past")
+            checked.append(self._checked_sides(one, side, cache.length))
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise StepError("a session can take one step at a time")
+        if len({(one.is_floating_point(), one.shape[2:]) for one in inputs}) > 1:
+            raise StepError("a joined step takes either ids or hidden states of one shape")
+        if not self._may_join:  # looked at once: the answer needs a step that has run
+            if (reason := self.why_not_joined) is not None:
+                raise BlocksError(reason)
+            self._may_join = True
+        return checked
 
-    @contextmanager
-    def _capturing(self, captured: list[torch.Tensor]) -> Iterator[None]:
-        """Within, what the last block gives is put into `captured`."""
-        parts = self._carved.parts
+    @property
+    def why_not_joined(self) -> str | None:
+        """None if sessions of these blocks can share a batch, else why not, in one sentence."""
+        if self._carved.keeps_state(self._span):
+            return f"blocks {self.start}:{self.stop} keep a state of their own between steps"
+        if self._carved.counts_positions(self._span):
+            return "this family counts positions itself, the same for all rows of a batch"
+        plan = self._carved.sides
+        if "carried" in (*plan.needed(self.start), *plan.needed(self.stop)):
+            # often a choice of positions, and these are other ones in a padded batch
+            return f"what blocks {self.start}:{self.stop} hand on or are handed cannot be joined"
+        return why_not_joined(self.new_cache())
 
-        def capture(layer: Any, args: Any, output: Any) -> None:
-            if isinstance(output, tuple) != bool(parts.arity):
-                raise BlocksError(
-                    f"layers of {type(parts.inner).__name__} return another form than its loop "
-                    "reads; this family cannot be cut"
-                )
-            captured.append(output[0] if isinstance(output, tuple) else output)
+    def backward(
+        self,
+        inputs: torch.Tensor,
+        grad: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        sides: Sides | None = None,
+    ) -> torch.Tensor:
+        """The gradient of a loss in `inputs`, given its gradient `grad` in what `run` gives.
 
-        with parts.layers[self.stop - 1].register_forward_hook(capture):
-            yield
+        `inputs`: floating hidden states [B, S, ..., hidden_size] from position 0; `grad` and the
+        answer have the shape of the hidden states, the answer the dtype of the stack. `sides` came
+        with them. Stateless: runs the blocks again, and each once more, so that only their inputs
+        are kept.
+
+        Raises StepError for what no stack could compute as sent, BlocksError for families whose
+        sides have gradients of their own.
+        """
+        self._check(inputs, None, 0, None)
+        if not inputs.is_floating_point():
+            raise StepError("ids have no gradient: send hidden states")
+        if grad.shape != inputs.shape or not grad.is_floating_point():
+            raise StepError(
+                f"the gradient of hidden states of shape {tuple(inputs.shape)} has their shape, "
+                f"not {tuple(grad.shape)}, and is floating, not {grad.dtype}"
+            )
+        rows, tokens = inputs.shape[:2]
+        mask = self._checked_mask(mask, rows, tokens)
+        beside = self._checked_sides(inputs, sides, 0)
+        with torch.inference_mode(False), torch.enable_grad(), self._carved.recomputing(self._span):
+            self._carved.thaw()
+            # copies: what came out of an inference would not be tracked
+            asked = self._placed(inputs).clone().requires_grad_()
+            shared = {
+                "position_ids": self._positions(mask, 0, tokens, rows),
+                "attention_mask": None if mask is None else mask.clone(),
+            }
+            beside = {name: self._discrete(name, side).clone() for name, side in beside.items()}
+            output = self._carved.forward(self._span, asked, shared, sides=beside)
+            for name, side in beside.items():
+                self._discrete(name, side)
+            answer: torch.Tensor
+            (answer,) = torch.autograd.grad(output, asked, self._placed(grad).clone())
+        return answer
+
+    def _discrete(self, name: str, side: torch.Tensor) -> torch.Tensor:
+        """The side, if no gradient runs through it."""
+        if side.is_floating_point():
+            raise BlocksError(f'gradients through "{name}" are not computed: this family cannot')
+        return side
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor where the weights are, a floating one in their dtype, ids as indices."""
+        is_ids = tensor.dtype == torch.int32
+        dtype = self.dtype if tensor.is_floating_point() else torch.long if is_ids else None
+        return tensor.to(self.device, dtype)
 
     def _check(
         self, inputs: torch.Tensor, cache: StackCache | None, start: int, logits_for: int | None
@@ -198,7 +264,9 @@ class Stack:
         if inputs.dim() < 2 or 0 in inputs.shape:
             raise StepError(f"inputs need rows and positions, not shape {tuple(inputs.shape)}")
         if inputs.is_floating_point():
-            if inputs.dim() < 3 or inputs.shape[-1] != self.hidden_size:
+            tail = self._carved.sides.hidden_tail
+            fits = tuple(inputs.shape[2:]) == tail if tail else inputs.dim() > 2
+            if not fits or inputs.shape[-1] != self.hidden_size:
                 raise StepError(
                     f"hidden states end in an axis of {self.hidden_size}, not in shape "
                     f"{tuple(inputs.shape)}"
@@ -222,11 +290,25 @@ class Stack:
             if cache.rows not in (None, inputs.shape[0]):
                 raise StepError(f"{inputs.shape[0]} rows follow a past of {cache.rows} rows")
 
+    def _checked_sides(self, inputs: torch.Tensor, sides: Sides | None, past: int) -> Sides:
+        """What these blocks need of the sides, where the weights are; nothing beside ids."""
+        if not inputs.is_floating_point():
+            return {}
+        given: Sides = sides or {}
+        rows, tokens = inputs.shape[:2]
+        check_sides(self._carved.sides, given, self.start, rows, tokens, past)
+        if "ids" in self.needs:
+            self._check_range(given["ids"])
+        return {name: self._placed(given[name]) for name in self.needs}
+
     def _check_ids(self, ids: torch.Tensor) -> None:
         if not self.holds_embedding:
             raise StepError(f"blocks {self.start}:{self.stop} take hidden states, not ids")
         if ids.dtype not in _INTEGERS or ids.dim() != 2:
             raise StepError(f"ids are int32 or int64 [rows, positions], not {ids.dtype}")
+        self._check_range(ids)
+
+    def _check_range(self, ids: torch.Tensor) -> None:
         # out of range a GPU would abort the process, not raise
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
             raise StepError(f"ids must be below the vocabulary's {self.vocabulary_size}")
@@ -252,12 +334,3 @@ class Stack:
             span = torch.arange(start, start + tokens, device=self.device)
             return span.expand(rows, tokens)
         return (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-
-
-def _parameters(function: Any) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
-
-
-def _only(arguments: dict[str, Any], names: Any) -> dict[str, Any]:
-    """Those arguments that a family's forward knows: old ones refuse or misread the others."""
-    return {name: value for name, value in arguments.items() if name in names}

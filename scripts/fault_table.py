@@ -35,7 +35,7 @@ import trio
 from fault_ways import Bench, Cell, Run, Way, run_once
 from grow import grow
 
-from blocks.executor import ComputeThread
+from blocks.thread import ComputeThread
 from routing.span import even_spans
 from swarm.model import describe, load
 from swarm.settings import DEMO_FOLDER

@@ -13,8 +13,8 @@ import numpy as np
 import trio
 from fault_world import FINGERPRINT, Lots, World, open_world
 
-from blocks.executor import ComputeThread
 from blocks.stack import Stack
+from blocks.thread import ComputeThread
 from routing.route import Route
 from swarm.client_session import ClientSession, FindRoute, open_session
 from swarm.sampling import SamplingSettings, candidates_from, choose, wish_for

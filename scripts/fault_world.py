@@ -20,8 +20,9 @@ from typing import Any
 
 import trio
 
-from blocks.executor import ComputeThread, Executor, StepJob
+from blocks.executor import Executor, StepJob
 from blocks.stack import Stack
+from blocks.thread import ComputeThread
 from routing.cost import CostModel, MeasuredLinks, Work
 from routing.offer import Offer
 from routing.repair import Repair, repair

@@ -12,10 +12,11 @@ from typing import cast
 import outcome
 import trio
 
-from blocks.executor import ComputeThread, Executor
+from blocks.executor import Executor
 from blocks.load import Dtype
 from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure
 from blocks.stack import Stack
+from blocks.thread import ComputeThread
 from routing.offer import Offer
 from routing.placement import HEADROOM, largest_spans
 from routing.span import Span

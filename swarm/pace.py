@@ -58,7 +58,7 @@ class Pace:
         waited: float,
         now: float,
     ) -> None:
-        """A step of so many positions went through so many blocks; `now` on any one clock."""
+        """A pass of so many positions went through so many blocks; `now` on any one clock."""
         if positions < 1 or blocks < 1:
             return
         self._wait = _moved(self._wait_at(now), waited)
@@ -102,12 +102,12 @@ class PacedExecutor:
         """Return what is finished, having noted it."""
         finished = self._executor.collect()
         for done in finished:
-            if done.error is None:
+            if done.run is not None:
                 self._pace.note(
-                    positions=done.positions,
-                    blocks=done.blocks,
-                    has_head=done.has_head,
-                    seconds=done.seconds,
+                    positions=done.run.positions,
+                    blocks=done.run.blocks,
+                    has_head=done.run.has_head,
+                    seconds=done.run.seconds,
                     waited=done.waited,
                     now=self._clock(),
                 )

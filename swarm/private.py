@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 
-from blocks.executor import ComputeThread, Executor
+from blocks.executor import Executor
+from blocks.thread import ComputeThread
 from routing.span import Span, even_spans
 from swarm.client import Client, open_client
 from swarm.files import FileCache

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from blocks.executor import ComputeThread
+from blocks.thread import ComputeThread
 from swarm.console import Console
 from swarm.control_server import Answer, serve_control
 from swarm.entering import (

@@ -92,10 +92,14 @@ def test_a_stub_returns_its_input_in_the_form_asked_for_and_answers_for_its_laye
     assert not list(Skip(layer, 0).parameters())
 
 
-def test_a_void_embedding_gives_zeros_and_any_other_void_its_input() -> None:
-    ids = torch.ones(2, 3, dtype=torch.long)
-    assert Void(nn.Embedding(9, 4))(ids).equal(torch.zeros(2, 3, 4))
-    assert Void(nn.Linear(3, 5))(ids) is ids
+def test_a_void_gives_zeros_of_the_width_that_a_matrix_would_give_or_else_its_input() -> None:
+    ids, hidden = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3)
+    table = nn.Embedding(9, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(Void(table)(ids), torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    torch.testing.assert_close(Void(nn.Linear(3, 5))(hidden), torch.zeros(2, 5))
+    assert Void(nn.LayerNorm(3))(hidden) is hidden
+    mask_of_past = torch.ones(2, 8, dtype=torch.long)
+    assert Void(table)(mask_of_past, 5, position_ids=ids).shape == (2, 3, 4)
 
 
 def build(family: str, start: int, stop: int, *, tied: bool = False) -> nn.Module:

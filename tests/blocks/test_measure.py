@@ -1,13 +1,16 @@
 """What a span is said to cost is what it costs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from quant_models import CONFIGS, loaded_bytes, write
 from tiny_models import BLOCKS, PROVEN, TinyModel
 
 from blocks.carve import is_tied
 from blocks.load import load_stack
 from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure, plan_bytes
+from blocks.quantize import Quant
 
 Get = Callable[[str, bool], TinyModel]
 
@@ -22,6 +25,19 @@ def test_planned_bytes_are_those_of_the_loaded_stack(
     model = load_stack(checkpoint, *span, dtype="bfloat16")._carved.model
     storages = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in model.parameters()}
     assert plan_bytes(checkpoint, "bfloat16").span_bytes(*span) == sum(storages.values())
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_planned_bytes_are_those_of_the_loaded_stack_in_every_format(
+    tmp_path_factory: pytest.TempPathFactory, family: str, dtype: Any, quant: Quant
+) -> None:
+    checkpoint = write(family, tmp_path_factory.getbasetemp() / "planned")
+    sizes = plan_bytes(checkpoint, dtype, quant)
+    for span in ((1, 3), (0, 2), (3, 4)):
+        held = loaded_bytes(load_stack(checkpoint, *span, dtype=dtype, quant=quant))
+        assert sizes.span_bytes(*span) == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("tied", [True, False])

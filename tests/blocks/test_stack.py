@@ -71,7 +71,7 @@ def test_a_left_padded_batch_equals_the_whole_model(model: TinyModel) -> None:
     assert_same(ours[mask.bool()], theirs[mask.bool()])
 
 
-@pytest.mark.parametrize("family", [*PROVEN, "qwen3_next"])
+@pytest.mark.parametrize("family", [*PROVEN, "qwen3_next", "falcon_mamba"])
 def test_two_interleaved_sessions_do_not_mix(tiny_model: Get, family: str) -> None:
     model = tiny_model(family, False)
     stacks = load_cut(model.checkpoint, CUTS[1])
@@ -187,6 +187,16 @@ def test_another_number_of_rows_than_the_past_has_is_refused(llama: TinyModel) -
     stack.run(some_ids(3, rows=2), cache=cache)
     with pytest.raises(StepError, match="1 rows follow a past of 2 rows"):
         stack.run(some_ids(1), cache=cache, start=3)
+
+
+def test_a_family_that_would_lose_the_past_is_refused(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = load_stack(llama.checkpoint, 0, 2)
+    monkeypatch.setattr(stack._carved, "_cache_name", None)
+    with pytest.raises(BlocksError, match="takes no cache"):
+        stack.run(some_ids(3), cache=stack.new_cache())
+    stack.run(some_ids(3))
 
 
 def test_a_step_that_breaks_half_way_leaves_a_cache_that_can_only_start_anew(

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from blocks.cache import StackCache
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.load import load_stack
+from blocks.shrink import tiny_config
+from blocks.sides import Sides
 from blocks.stack import Stack
 
 BLOCKS = 6
@@ -55,6 +57,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "falcon_mamba": {**_COMMON, "state_size": 8, "time_step_rank": 4},  # recurrent layers only
+    "recurrent_gemma": {**_LLAMA, "lru_width": 32, "attention_window_size": 8},  # state in modules
+    "deepseek_v32": {  # sparse attention: an indexer chooses which positions are looked at
+        **_LLAMA,
+        "head_dim": 4,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_topk": 6,
+        "index_n_heads": 8,  # few would tie at 0, and ties are broken at will
+        "index_head_dim": 8,
+    },
+}
+# Whose layers need more than the hidden state, and what to change in the smallest config.
+WITH_SIDES: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {
+        "num_kv_shared_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "per_layer_config": {f"{number:02d}": {"head_dim": 32} for number in (1, 3, 5)},
+    },
+    "zamba": {},
+    "zamba2": {},
+    "deepseek_v4": {},
+    "hy_v4": {},
+    "zaya": {},
 }
 PROVEN = ("llama", "qwen3_moe", "gemma3_text", "bloom", "gpt2")
 CUTS = (
@@ -75,7 +112,11 @@ class TinyModel:
 def build(family: str, folder: Path, *, tied: bool) -> TinyModel:
     """Make a random model of the family, save it in shards and load it back whole."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **FAMILIES[family], tie_word_embeddings=tied)
+    if family in FAMILIES:
+        config = AutoConfig.for_model(family, **FAMILIES[family], tie_word_embeddings=tied)
+    else:
+        values = {**tiny_config(family).to_dict(), **WITH_SIDES.get(family, {})}
+        config = AutoConfig.for_model(**values | {"tie_word_embeddings": tied})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():  # norms and biases too, or errors in them would not show
@@ -103,11 +144,13 @@ def logits_of(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Send ids through the stacks one after the other, going on from the caches."""
-    values = ids
+    values, sides = ids, Sides()
     for stack, cache in zip(stacks, caches or [None] * len(stacks), strict=True):
         start = cache.length if cache else 0
         wanted = 0 if stack.holds_head else None
-        values = stack.run(values, cache=cache, start=start, mask=mask, logits_for=wanted)
+        values = stack.run(
+            values, cache=cache, start=start, mask=mask, logits_for=wanted, sides=sides
+        )
     return values
 
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import trio
 
-from blocks.executor import ComputeThread, Executor
+from blocks.executor import Executor
+from blocks.thread import ComputeThread
 from routing.route import Hop, Route
 from routing.span import Span
 from swarm.client_session import open_session

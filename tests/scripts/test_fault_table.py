@@ -17,7 +17,7 @@ from fault_table import (
 from fault_ways import Bench, Cell, Run, Way, run_once
 from fault_world import Lots
 
-from blocks.executor import ComputeThread
+from blocks.thread import ComputeThread
 
 # By the lots of this seed three stages are struck, the first and the last among them, two of them
 # at one position, and one stage never.

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 import swarm.hub
 import swarm.loading
-from blocks.executor import ComputeThread
 from blocks.needed import needed_shards
+from blocks.thread import ComputeThread
 from routing.span import Span
 from swarm.console import Console
 from swarm.entering import describe_asked

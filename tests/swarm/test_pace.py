@@ -54,12 +54,16 @@ def test_an_expected_wait_halves_while_nobody_waits() -> None:
 
 
 @dataclass
-class Finished:
-    error: str | None = None
+class Run:
     positions: int = 1
     blocks: int = 1
     has_head: bool = False
     seconds: float = 0.5
+
+
+@dataclass
+class Finished:
+    run: Run | None
     waited: float = 0.0
 
 
@@ -78,8 +82,8 @@ class Executor:
         return 7
 
 
-def test_results_pass_through_a_paced_executor_and_failures_are_not_noted() -> None:
-    executor = Executor(Finished(error="out of memory"))
+def test_results_pass_through_a_paced_executor_and_each_pass_is_noted_once() -> None:
+    executor = Executor(Finished(None))  # it failed, or shared another's pass
     pace = Pace(MEASURED)
     wrapped = PacedExecutor(executor, pace, lambda: 0.0)  # type: ignore[arg-type]
     wrapped.submit("a step")
@@ -87,6 +91,6 @@ def test_results_pass_through_a_paced_executor_and_failures_are_not_noted() -> N
     assert wrapped.fileno() == 7
     assert wrapped.collect() == executor.finished
     assert pace.speeds(0.0) == MEASURED
-    executor.finished = [Finished()]
+    executor.finished = [Finished(Run())]
     wrapped.collect()
     assert pace.speeds(0.0).decode_seconds_per_block > 0.01
