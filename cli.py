@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from swarm import __version__
-from swarm.commands import asking, bench, seeing, serving
+from swarm.commands import asking, bench, doctor, planning, seeing, serving
 from swarm.errors import EXIT_INTERRUPTED, BadInput
 
 app = typer.Typer(
@@ -48,6 +48,8 @@ app.command()(asking.generate)
 app.command()(seeing.status)
 app.command()(seeing.invite)
 app.add_typer(bench.app, name="bench")
+doctor.doctor.command()(planning.plan)
+app.add_typer(doctor.doctor, name="doctor")
 
 # Typer brings its own copy of click since 0.26: this is UsageError in either.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

@@ -28,6 +28,7 @@ from blocks.carve import carved_class, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.errors import BlocksError, CheckpointError
 from blocks.formats import Kind, is_nf4_fast
+from blocks.needed import needed_shards
 from blocks.quantize import Quant, held_parts, hold
 from blocks.quantizer import QuantConfig, span_targets
 from blocks.saved import BUDGET_BYTES, SAFETENSORS_NAMES, SavedCopies, copy_key
@@ -139,11 +140,13 @@ def load_stack(
     more than `saved_budget_bytes`. `progress` gets (values read, values in all), from threads of
     the loader but never from two at once. On a CPU without a change of dtype the weights stay pages
     of the files, also of the copies: leave those be. Raises CheckpointError naming the tensor that
-    is missing, has another shape or is NaN, ValueError for blocks that the model does not have.
+    is missing, has another shape or is NaN, MemoryError if shards cannot be mapped, ValueError for
+    blocks that the model does not have.
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
-    span = _Span(checkpoint, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
+    needed = checkpoint.only(needed_shards(checkpoint, start, stop))
+    span = _Span(needed, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
     if quant == "none":
         model = span.load()
     else:
@@ -199,6 +202,8 @@ class _Span:
                     **extra,
                 )
             except (RuntimeError, ValueError, SafetensorError) as error:
+                if "Cannot allocate memory" in str(error):
+                    raise MemoryError(str(error)) from error
                 if config is not None and config.failures:
                     raise BlocksError(config.failures[0]) from error
                 broken = _UNCONVERTED.findall(report.text)

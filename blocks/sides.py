@@ -336,13 +336,25 @@ class Exchange:
         """After the last layer: what it hands on, and the keys that later blocks reuse."""
         stop = self.span.stop
         if "carried" in self.plan.needed(stop):
-            self.passed["carried"] = output[1]
+            self.passed["carried"] = self._of_the_past(output[1])
         for number in self.plan.lent(stop, self.plan.blocks):
             key, _ = self.plan.shared[number]
             if key in self.shared:
                 for what, value in zip(_SHARED, self.shared[key], strict=True):
                     new = value[:, :, -self.tokens :]
                     self.passed[f"{what}.{number}"] = new.transpose(1, 2)
+
+    def _of_the_past(self, handed: torch.Tensor) -> torch.Tensor:
+        """What a layer hands on, made to depend on each position's own past only.
+
+        An indexer that may choose more positions than there are chooses later ones of the same
+        pass, which are hidden from the layers but would be none at all in a step by itself.
+        """
+        if not self.plan.hands_on_choices:
+            return handed
+        past = 0 if self.cache is None else self.cache.length
+        own = torch.arange(past, past + self.tokens, device=handed.device)[:, None]
+        return torch.where(handed > own, handed[..., :1], handed)  # its first choice, once more
 
     def finish(self) -> Sides:
         """What later blocks need, once the forward is done."""

@@ -9,11 +9,14 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import trio
 
+from blocks.proven import proven, verdict_for
 from swarm.client import enter
+from swarm.console import Console
 from swarm.errors import BadInput, SwarmError
 from swarm.hub import commit_in, find_model
 from swarm.invite import PUBLIC_SECRET, Invite, new_secret, swarm_id_of
@@ -102,6 +105,24 @@ async def describe_swarms(host: Host, invite: Invite | None) -> Description:
         f"this swarm serves {name}, whose weights have no hub name",
         next_step="name its folder here: swarm serve FOLDER --join TOKEN",
     )
+
+
+async def check_proven(description: Description, settings: ServeSettings, console: Console) -> None:
+    """Refuse a model type that is known, or found now, not to compute the same when cut.
+
+    What is in no list is tried, for some seconds. BadInput unless it holds or the user insists.
+    """
+    checkpoint = description.checkpoint
+    verdict = proven(str(checkpoint.config.model_type), metadata.version("transformers"))
+    if verdict.is_tested and verdict.is_proven:
+        return
+    if not verdict.is_tested:
+        console.note(f"{verdict.sentence}; trying it")
+        verdict = await in_thread(partial(verdict_for, checkpoint))
+    if verdict.is_proven or settings.is_unproven:
+        console.note(verdict.sentence)
+        return
+    raise BadInput(verdict.sentence, next_step="serve it all the same with --unproven")
 
 
 def check_same_swarm(description: Description, invite: Invite | None) -> None:

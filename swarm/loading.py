@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import cast, get_args
 
 import outcome
 import trio
 
 from blocks.executor import Executor
+from blocks.formats import is_nf4_fast
 from blocks.load import Dtype
 from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure
+from blocks.quantize import Quant, Wanted, choose_quant
 from blocks.stack import Stack
 from blocks.thread import ComputeThread
 from routing.offer import Offer
-from routing.placement import HEADROOM, largest_spans
+from routing.placement import HEADROOM, BlockSizes, largest_spans
 from routing.span import Span
 from swarm.console import Console
 from swarm.errors import BadInput
@@ -35,7 +38,7 @@ from swarm.model import (
 from swarm.moving import Freedom
 from swarm.node import Holding
 from swarm.pace import Speeds
-from swarm.settings import ServeSettings
+from swarm.settings import ServeSettings, cache_home
 from swarm.tasks import Result, in_thread
 
 MEASURE_SECONDS = 1.5
@@ -70,14 +73,19 @@ class Loader:
     def _dtype(self) -> Dtype:
         return cast(Dtype, self._settings.dtype)
 
-    def choose(self, offers: Sequence[Offer], seed: int) -> Span:
+    def choose(self, offers: Sequence[Offer], peer: str) -> Span:
         """Choose the blocks. BadInput if they do not exist or do not fit.
 
-        `offers` are those of the servers that are there already, `seed` parts newcomers that come
-        at once.
+        `offers` are those of the servers that are there already; the own name parts newcomers that
+        come at once.
         """
         return choose_span(
-            self._settings.blocks, self._description, offers, self._free_bytes, self._dtype, seed
+            self._settings.blocks,
+            self._description,
+            offers,
+            self._free_bytes,
+            self._sizes,
+            int.from_bytes(peer.encode()[-4:], "big"),
         )
 
     def freedom(self) -> Freedom | None:
@@ -87,8 +95,31 @@ class Loader:
                 return None
             case int():
                 return Freedom()
-        sizes = sizes_of(self._description.checkpoint, self._dtype)
-        return Freedom(candidates=tuple(largest_spans(sizes, self._free_bytes)))
+        return Freedom(candidates=tuple(largest_spans(self._sizes(), self._free_bytes)))
+
+    def _sizes(self) -> BlockSizes:
+        """What is planned with where blocks are chosen by memory: unquantized unless asked."""
+        settings = self._settings
+        quant = "none" if settings.quant == "auto" else cast(Quant, settings.quant)
+        return sizes_of(self._description.checkpoint, self._dtype, quant, device=settings.device)
+
+    def _choose_quant(self, span: Span) -> Quant:
+        """The format to hold these blocks in; says why where it was a choice."""
+        settings, formats = self._settings, cast("tuple[Quant, ...]", get_args(Quant))
+        wanted = cast(Wanted, settings.quant)
+        choice = choose_quant(
+            wanted,
+            device_kind=settings.device.partition(":")[0],
+            free_bytes=self._free_bytes,
+            span_bytes={
+                quant: weight_bytes(self._description, span, self._dtype, quant, settings.device)
+                for quant in formats
+            },
+            is_nf4_fast=wanted != "nf4" or is_nf4_fast(),
+        )
+        if choice.quant != "none" or wanted == "none":
+            self._console.note(choice.sentence)
+        return choice.quant
 
     async def fetch(self, span: Span) -> None:
         """Bring here what is missing of the weights of these blocks. BadInput if they cannot be."""
@@ -107,7 +138,16 @@ class Loader:
         await self.fetch(span)
         settings, description = self._settings, self._description
         progress = self._console.progress(f"loading blocks {span} of {description.card.name}")
-        stack = await load_off_thread(description, span, self._dtype, settings.device, progress)
+        quant = await in_thread(partial(self._choose_quant, span))
+        stack = await load_off_thread(
+            description,
+            span,
+            self._dtype,
+            settings.device,
+            progress,
+            quant=quant,
+            saved=cache_home() / "spans",
+        )
         self._console.note("measuring its speed")
         speeds, token_bytes = await run_in(
             self._thread,
@@ -115,11 +155,12 @@ class Loader:
         )
         left = _free_bytes(settings.device)
         if settings.memory_bytes is not None:
-            left = min(left, settings.memory_bytes - weight_bytes(description, span, self._dtype))
+            taken = weight_bytes(description, span, self._dtype, quant, settings.device)
+            left = min(left, settings.memory_bytes - taken)
         tokens = cache_tokens(description, token_bytes, left)
         digests = await in_thread(partial(digests_of, description, span))
         held = holding_of(stack, speeds, Executor(stack, self._thread), tokens)
-        return replace(held, digests=digests, history_bytes=_history_bytes())
+        return replace(held, quantization=quant, digests=digests, history_bytes=_history_bytes())
 
 
 async def load_off_thread(
@@ -128,9 +169,13 @@ async def load_off_thread(
     dtype: Dtype,
     device: str,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    quant: Quant = "none",
+    saved: Path | None = None,
 ) -> Stack:
     """Load the blocks while the event loop goes on. See `load`."""
-    return await in_thread(partial(load, description, span, dtype, device, progress))
+    work = partial(load, description, span, dtype, device, progress, quant=quant, saved=saved)
+    return await in_thread(work)
 
 
 def measured(stack: Stack, seconds: float) -> Speeds:

@@ -19,6 +19,7 @@ from blocks.forecast import cache_bytes_per_block_token, sketch
 from blocks.load import Dtype, load_stack, resolve_dtype
 from blocks.measure import plan_bytes
 from blocks.needed import needed_shards
+from blocks.quantize import Quant
 from blocks.stack import Stack
 from routing.offer import Offer
 from routing.placement import BlockSizes, DoesNotFit, auto_span, newcomer_span
@@ -100,7 +101,7 @@ def choose_span(
     description: Description,
     offers: Sequence[Offer],
     free_bytes: int,
-    dtype: Dtype,
+    sizes: Callable[[], BlockSizes],
     seed: int,
 ) -> Span:
     """Return the blocks to hold. BadInput if they do not exist or, where the choice is ours, none
@@ -117,19 +118,24 @@ def choose_span(
     if isinstance(wanted, int):
         return newcomer_span(offers, blocks, wanted, seed=seed)
     try:
-        return auto_span(offers, sizes_of(description.checkpoint, dtype), free_bytes, seed=seed)
+        return auto_span(offers, sizes(), free_bytes, seed=seed)
     except DoesNotFit as error:
         raise BadInput(f"{description.card.name} does not fit: {error}") from error
 
 
 def sizes_of(
-    checkpoint: Checkpoint, dtype: Dtype, *, cache_tokens: int | None = None
+    checkpoint: Checkpoint,
+    dtype: Dtype,
+    quant: Quant = "none",
+    *,
+    device: str = "cpu",
+    cache_tokens: int | None = None,
 ) -> BlockSizes:
     """Return what each part costs, its share of cache and history included, before loading.
 
     `cache_tokens`: of all sessions together; by default a few conversations of full length.
     """
-    planned = plan_bytes(checkpoint, dtype)
+    planned = plan_bytes(checkpoint, dtype, quant, device=device)
     return BlockSizes(
         block_bytes=planned.block_bytes,
         embedding_bytes=planned.embedding_bytes + planned.other_bytes,
@@ -143,10 +149,12 @@ def sizes_of(
     )
 
 
-def wanted_of(model: str, dtype: str, tokens: int | None) -> Wanted:
+def wanted_of(model: str, dtype: str, quant: str, tokens: int | None) -> Wanted:
     """Return a model to plan, from its config alone. BadInput if it has none that can be had."""
     if dtype == "auto":
         raise BadInput("--dtype auto needs the weights", next_step="choose bfloat16 or float32")
+    if quant == "auto":
+        raise BadInput("--quant auto needs a machine", next_step="choose none, int8 or nf4")
     try:
         drawn = sketch(Path(model).expanduser())
     except BlocksError as error:
@@ -155,15 +163,18 @@ def wanted_of(model: str, dtype: str, tokens: int | None) -> Wanted:
     return Wanted(
         name=drawn.folder.resolve().name,
         dtype=dtype,
-        quant="none",
-        sizes=sizes_of(drawn, known, cache_tokens=tokens),
+        quant=quant,
+        sizes=sizes_of(drawn, known, cast(Quant, quant), cache_tokens=tokens),
         bytes_per_token=drawn.hidden_size * resolve_dtype(drawn, known).itemsize,
     )
 
 
-def weight_bytes(description: Description, span: Span, dtype: Dtype) -> int:
+def weight_bytes(
+    description: Description, span: Span, dtype: Dtype, quant: Quant, device: str
+) -> int:
     """What the weights of a span take once loaded, ends included."""
-    return plan_bytes(description.checkpoint, dtype).span_bytes(span.start, span.stop)
+    planned = plan_bytes(description.checkpoint, dtype, quant, device=device)
+    return planned.span_bytes(span.start, span.stop)
 
 
 def fetch(
@@ -210,21 +221,24 @@ def load(
     dtype: Dtype,
     device: str,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    quant: Quant = "none",
+    saved: Path | None = None,
 ) -> Stack:
     """Load the blocks, all of whose shards must be here (see `fetch`).
 
-    BadInput says what is wrong with the checkpoint, or that they do not fit.
+    Quantized ones are kept as a copy in the folder `saved`. BadInput says what is wrong with the
+    checkpoint, or that they do not fit.
     """
-    checkpoint = description.checkpoint
     try:
-        if checkpoint.absent:
-            checkpoint = checkpoint.only(needed_shards(checkpoint, span.start, span.stop))
         return load_stack(
-            checkpoint,
+            description.checkpoint,
             span.start,
             span.stop,
             dtype=dtype,
             device=device,
+            quant=quant,
+            saved=saved,
             progress=progress,
         )
     except BlocksError as error:
@@ -232,5 +246,5 @@ def load(
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise BadInput(
             f"blocks {span} of {description.card.name} do not fit into the memory of {device}",
-            next_step="take fewer with --blocks, or a smaller --dtype",
+            next_step="take fewer with --blocks, or a smaller --dtype or --quant",
         ) from error

@@ -21,6 +21,7 @@ from swarm.console import Console
 from swarm.control_server import Answer, serve_control
 from swarm.entering import (
     addresses_of,
+    check_proven,
     check_same_swarm,
     describe_asked,
     describe_swarms,
@@ -73,6 +74,7 @@ async def serve(settings: ServeSettings, console: Console) -> None:
         await enter_if_any(host, entry, is_needed=invite is not None)
         description = named or await describe_swarms(host, invite)
         check_same_swarm(description, invite)
+        await check_proven(description, settings, console)
         node = await stack.enter_async_context(
             open_node(
                 host,
@@ -86,12 +88,11 @@ async def serve(settings: ServeSettings, console: Console) -> None:
         )
         await read_tables(host, node.gossip.table)
         loader = Loader(settings, description, thread, console)
-        seed = int.from_bytes(identity.peer.encode()[-4:], "big")
         keeper = await stack.enter_async_context(
             open_keeper(
                 node,
                 loader,
-                loader.choose(node.offers(), seed),
+                loader.choose(node.offers(), host.peer),
                 freedom=loader.freedom(),
                 note=console.note,
             )

@@ -13,6 +13,7 @@ from swarm.errors import BadInput
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEFAULT_TOKENS = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTS = ("auto", "none", "int8", "nf4")
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MOST_BYTES = 1 << 60
@@ -41,6 +42,8 @@ class ServeSettings:
     join: str | None = None
     is_public: bool = False
     dtype: str = "auto"
+    quant: str = "auto"
+    is_unproven: bool = False  # serve a model type whose test fails, too
     device: str = "cpu"
     memory_bytes: int | None = None
     disk_bytes: int | None = None  # for all shards of the model that are here; None: what is free
@@ -88,6 +91,13 @@ def parse_dtype(text: str) -> str:
     """Read --dtype. BadInput says what is allowed."""
     if text not in DTYPES:
         raise BadInput(f"--dtype {text} is unknown", next_step=f"choose {', '.join(DTYPES)}")
+    return text
+
+
+def parse_quant(text: str) -> str:
+    """Read --quant. BadInput says what is allowed."""
+    if text not in QUANTS:
+        raise BadInput(f"--quant {text} is unknown", next_step=f"choose {', '.join(QUANTS)}")
     return text
 
 

@@ -34,6 +34,7 @@ def plan(
     dtype: Annotated[
         str, typer.Option(envvar="SWARM_DTYPE", help="bfloat16, float16 or float32.")
     ] = "bfloat16",
+    quant: Annotated[str, typer.Option(envvar="SWARM_QUANT", help="none, int8 or nf4.")] = "none",
     as_json: Json = False,
 ) -> None:
     """Say which peer would hold what of MODEL, how fast it would be, and what is missing.
@@ -45,10 +46,11 @@ def plan(
     with readable_errors(is_json=as_json):
         from swarm.model import wanted_of
         from swarm.planning import read_machines, rendered, report_of
-        from swarm.settings import parse_dtype
+        from swarm.settings import parse_dtype, parse_quant
 
         machines = read_machines(peers)
-        report = report_of(wanted_of(model, parse_dtype(dtype), tokens), machines)
+        wanted = wanted_of(model, parse_dtype(dtype), parse_quant(quant), tokens)
+        report = report_of(wanted, machines)
         if as_json:
             print(json.dumps(report), flush=True)
         else:

@@ -34,6 +34,13 @@ def serve(
             envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
         ),
     ] = "auto",
+    quant: Annotated[
+        str,
+        typer.Option(
+            envvar="SWARM_QUANT",
+            help="auto (only if the blocks would not fit otherwise), none, int8 or nf4.",
+        ),
+    ] = "auto",
     device: Annotated[
         str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
     ] = "cpu",
@@ -91,6 +98,14 @@ def serve(
         int | None,
         typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
     ] = None,
+    unproven: Annotated[
+        bool,
+        typer.Option(
+            "--unproven",
+            envvar="SWARM_UNPROVEN",
+            help="Serve a model type that fails its test, too: what it says may be wrong.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Hold some blocks of MODEL and serve them until Ctrl-C.
@@ -108,6 +123,8 @@ def serve(
             join=join,
             is_public=public,
             dtype=checked.parse_dtype(dtype),
+            quant=checked.parse_quant(quant),
+            is_unproven=unproven,
             device=device,
             memory_bytes=checked.parse_bytes(memory) if memory else None,
             disk_bytes=checked.parse_bytes(disk, "--disk") if disk else None,

@@ -106,11 +106,18 @@ def test_payloads_between_executors_carry_what_later_blocks_need(
 def test_the_last_logits_are_those_of_all_positions(tiny_model: Get, family: str) -> None:
     # gemma4 leaves out positions nobody asked for as soon as layers share keys
     model = tiny_model(family, True)
-    hidden, sides = given_to(model, 2, some_ids(9))
-    stack = load_stack(model.checkpoint, 2, BLOCKS)
-    ours = stack.run(hidden, logits_for=2, cache=stack.new_cache(), sides=dict(sides))
-    assert_same(ours, whole_logits(model, some_ids(9))[:, -2:])
-    assert_same(load_stack(model.checkpoint, 0, BLOCKS).run(some_ids(9), logits_for=2), ours)
+    ids = some_ids(9, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    stack = load_stack(model.checkpoint, 0, BLOCKS)
+    sides = Sides()
+    hidden = stack.part(0, 2).run(ids, mask=mask, sides=sides)
+    last = stack.part(2, BLOCKS)
+    every = last.run(hidden, mask=mask, logits_for=0, sides=dict(sides))
+    for wanted in (1, 2):
+        ours = last.run(hidden, mask=mask, logits_for=wanted, sides=dict(sides))
+        assert_same(ours, every[:, -wanted:])
+        assert_same(stack.run(ids, mask=mask, logits_for=wanted), every[:, -wanted:])
 
 
 @pytest.fixture(scope="module")

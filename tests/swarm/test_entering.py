@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trio
 from gossiping import IDENTITIES, record
 
-from swarm.entering import addresses_of, entry_of, port_of
+from blocks.proven import Verdict
+from swarm.entering import addresses_of, check_proven, entry_of, port_of
 from swarm.errors import BadInput
 from swarm.identity import first_free_identity, identity_from
 from swarm.invite import PUBLIC_SECRET
@@ -83,3 +85,49 @@ def test_amounts_blocks_models_and_names_are_read() -> None:
     for name in ("a\nb", "x" * 65):
         with pytest.raises(BadInput):
             parse_name(name)
+
+
+def described(model_type: str) -> SimpleNamespace:
+    config = SimpleNamespace(model_type=model_type)
+    return SimpleNamespace(checkpoint=SimpleNamespace(config=config))
+
+
+class Notes:
+    """A console that remembers what it said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def checked(model_type: str, **settings: bool) -> list[str]:
+    console = Notes()
+    trio.run(check_proven, described(model_type), ServeSettings(**settings), console)
+    return console.said
+
+
+def test_a_proven_model_type_is_served_without_a_word() -> None:
+    assert checked("llama") == []
+
+
+def test_a_model_type_that_fails_its_test_is_served_only_to_who_insists() -> None:
+    with pytest.raises(BadInput, match="rwkv fails its test") as refused:
+        checked("rwkv")
+    assert "--unproven" in str(refused.value.next_step)
+    assert "rwkv fails its test" in checked("rwkv", is_unproven=True)[0]
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_model_type_in_no_list_is_tried_and_that_is_said(
+    holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Verdict(holds, "it was tried")
+    monkeypatch.setattr("swarm.entering.verdict_for", lambda _checkpoint: told)
+    if holds:
+        assert checked("unheard_of")[1:] == ["it was tried"]
+        assert "unheard_of" in checked("unheard_of")[0]
+        return
+    with pytest.raises(BadInput, match="it was tried"):
+        checked("unheard_of")

@@ -27,11 +27,11 @@ PARAMETERS = {"70B": 70.55e9, "176B": 176.25e9}
 TOKENS = 4096
 
 
-def reported(shape: str, folder: Path, peers: str) -> dict[str, Any]:
+def reported(shape: str, folder: Path, peers: str, quant: str = "none") -> dict[str, Any]:
     SHAPES[shape].save_pretrained(folder)
     file = folder / "peers.toml"
     file.write_text(peers)
-    return report_of(wanted_of(str(folder), "bfloat16", TOKENS), read_machines(file))
+    return report_of(wanted_of(str(folder), "bfloat16", quant, TOKENS), read_machines(file))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -51,6 +51,16 @@ def test_enough_consumer_cards_hold_a_large_model(shape: str, count: int, tmp_pa
     reading = report["weight_bytes"] / (900 * 2**30)
     assert reading < report["seconds_per_token"] < reading + 0.02 * (count + 1) / 2 + 0.2
     assert "A token takes" in _text(report)
+
+
+def test_quantized_the_same_model_needs_a_quarter(tmp_path: Path) -> None:
+    peer = '[[peer]]\nmemory = "64GB"'
+    plain = reported("70B", tmp_path, peer)
+    small = reported("70B", tmp_path, peer, "nf4")
+    assert small["is_complete"]
+    assert not plain["is_complete"]
+    assert small["weight_bytes"] < 0.3 * plain["weight_bytes"]
+    assert small["end_bytes"] == plain["end_bytes"]
 
 
 def test_with_too_few_the_missing_blocks_are_named(tmp_path: Path) -> None:
