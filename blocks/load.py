@@ -145,7 +145,8 @@ def load_stack(
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
-    needed = checkpoint.only(needed_shards(checkpoint, start, stop))
+    opened = set(checkpoint.shards).intersection(needed_shards(checkpoint, start, stop))
+    needed = checkpoint.only(opened)
     span = _Span(needed, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
     if quant == "none":
         model = span.load()

@@ -15,6 +15,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from blocks.cache import StackCache
 from blocks.carve import causal_class, find_layers, is_tied, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.load import Dtype, resolve_dtype
@@ -65,18 +66,18 @@ def measure(stack: Stack, seconds: float = 2.0) -> Speed:
     past, chunk = (
         min(count, stack.context_length // 2) for count in (_PAST_TOKENS, _PREFILL_TOKENS)
     )
-    token, prompt = _hidden(stack, 1), _hidden(stack, chunk)
     cache = stack.new_cache()
-    stack.run(_hidden(stack, past), cache=cache)
+    _Sample(stack, past).run(cache)
+    token, prompt = _Sample(stack, 1), _Sample(stack, chunk)
 
     def decode(logits_for: int | None = None) -> torch.Tensor:
         if cache.length + 1 > stack.context_length:
             cache.rollback(0)
-        return stack.run(token, cache=cache, start=cache.length, logits_for=logits_for)
+        return token.run(cache, logits_for)
 
     plain = _median_seconds(decode, share)
     with_head = _median_seconds(lambda: decode(1), share) if stack.holds_head else plain
-    prefill = _median_seconds(lambda: stack.run(prompt, cache=stack.new_cache()), share)
+    prefill = _median_seconds(lambda: prompt.run(stack.new_cache()), share)
     return Speed(plain / blocks, prefill / (blocks * chunk), max(with_head - plain, 0.0))
 
 
@@ -85,10 +86,10 @@ def cache_bytes_per_token(stack: Stack) -> int:
 
     0 for families whose state does not grow. Buffers double, so a session may take twice that.
     """
-    cache = stack.new_cache()
-    stack.run(_hidden(stack, 1), cache=cache)
+    cache, token = stack.new_cache(), _Sample(stack, 1)
+    token.run(cache)
     one = cache.used_byte_count
-    stack.run(_hidden(stack, 1), cache=cache, start=1)
+    token.run(cache)
     return int(cache.used_byte_count - one)
 
 
@@ -148,11 +149,22 @@ def _available_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _hidden(stack: Stack, tokens: int) -> torch.Tensor:
-    """Random hidden states of a usual size, the same every time."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, tokens, stack.hidden_size, generator=generator)
-    return hidden.to(stack.device, stack.dtype)
+class _Sample:
+    """So many random hidden states, and whatever the family needs beside them."""
+
+    def __init__(self, stack: Stack, tokens: int) -> None:
+        self._stack = stack
+        self._hidden, self._sides = stack.sample(tokens)
+
+    def run(self, cache: StackCache, logits_for: int | None = None) -> torch.Tensor:
+        """Go on from the cache."""
+        return self._stack.run(
+            self._hidden,
+            cache=cache,
+            start=cache.length,
+            logits_for=logits_for,
+            sides=dict(self._sides),
+        )
 
 
 def _median_seconds(step: Callable[[], torch.Tensor], seconds: float) -> float:

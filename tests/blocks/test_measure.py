@@ -72,3 +72,13 @@ def test_measuring_goes_on_beyond_the_context(llama: TinyModel) -> None:
 
 def test_some_memory_is_free() -> None:
     assert 2**20 < free_memory_bytes("cpu") < 2**50
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "zamba2"])
+@pytest.mark.parametrize("span", [(0, 2), (2, 5), (4, 6)])
+def test_families_that_need_more_than_hidden_states_are_measured_too(
+    tiny_model: Get, family: str, span: tuple[int, int]
+) -> None:
+    stack = load_stack(tiny_model(family, False).checkpoint, *span)
+    assert measure(stack, seconds=0.05).prefill_seconds_per_block_token > 0
+    assert cache_bytes_per_token(stack) >= 0
