@@ -3,13 +3,15 @@
 Messages only, so that the computing could move to a process of its own. All torch work of a
 process happens in one `ComputeThread`; several executors may share it.
 
-1. One pass over the weights runs at a time. Legs take turns, and steps of one that wait and follow
-   each other share a pass (`blocks.batching`).
+1. One pass over the weights runs at a time. Legs take turns; steps of one that wait and follow
+   each other share a pass, and so do decode steps of several legs (`blocks.batching`).
 2. Every StepJob gets exactly one Done, those of a leg in order, whatever happens in it; after
    `close` none.
 3. A step that fails by its sender's fault leaves the leg as it was, but for a rollback it asked
    for. After any other failure the leg can only go on from position 0.
-4. `fileno()` is readable whenever `collect` would return something.
+4. A step that fails in a pass with other legs' harms none of these: the pass is undone and repeated
+   in halves, so that in the end it fails alone.
+5. `fileno()` is readable whenever `collect` would return something.
 """
 
 import logging
@@ -23,10 +25,12 @@ from typing import Literal
 import torch
 
 from blocks.batching import Shape, StepQueue
-from blocks.cache import StackCache
-from blocks.codec import Payload, RawTensor, from_raw, to_raw
+from blocks.codec import Payload, RawTensor, to_raw
 from blocks.ends import CandidateWish, candidates
-from blocks.errors import StepError
+from blocks.errors import BlocksError, StepError
+from blocks.legs import Legs
+from blocks.payloads import as_one, extent, layout, tensors
+from blocks.savepoint import Savepoint
 from blocks.sides import Sides
 from blocks.stack import Stack
 from blocks.thread import Bell, ComputeThread
@@ -36,6 +40,9 @@ logger = logging.getLogger(__name__)
 # A replay comes as the steps that it replays, one position each. Computed one by one they cost as
 # many passes over the weights; together, one. A larger pass would hold up other legs.
 MOST_JOINED = 256
+# Legs in a joint pass: enough to share the reading of the weights, few enough that a pass of long
+# pasts does not become a wait for everyone.
+MOST_JOINT = 32
 # The logits of all positions of a pass lie in memory at once.
 MOST_LOGIT_BYTES = 64 << 20
 
@@ -91,7 +98,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One run through blocks, and perhaps the head."""
+    """One run through blocks, and perhaps the head.
+
+    `positions`: of all steps in it, each computed once; of a joint pass as many as its legs. So a
+    pass of a few positions took what one position takes, whosever they are.
+    """
 
     positions: int
     blocks: int
@@ -99,23 +110,21 @@ class Pass:
     seconds: float
 
 
-@dataclass(slots=True)
-class _Leg:
-    stack: Stack
-    cache: StackCache
-
-
 @dataclass(frozen=True, slots=True)
 class _Submitted:
     """A job in the queue."""
 
     job: StepJob | FreeJob
-    at: float
+    at: float  # when it came
     shape: Shape | None
 
     @property
     def key(self) -> Hashable:
         return self.job.key
+
+
+_Taken = tuple[StepJob, float]  # and when it came
+_Outcome = tuple[dict[str, RawTensor], str | None]  # what it gives, or what went wrong
 
 
 class Executor:
@@ -125,11 +134,11 @@ class Executor:
     """
 
     def __init__(self, stack: Stack, thread: ComputeThread) -> None:
-        self._stack = stack
         self._thread = thread
-        self._legs: dict[Hashable, _Leg] = {}  # touched by the compute thread only
+        self._legs = Legs(stack)  # touched by the compute thread only
         most = MOST_LOGIT_BYTES // (4 * stack.vocabulary_size) if stack.holds_head else MOST_JOINED
-        self._queue: StepQueue[_Submitted] = StepQueue(max(1, min(most, MOST_JOINED)))
+        most = max(1, min(most, MOST_JOINED))
+        self._queue: StepQueue[_Submitted] = StepQueue(most, min(most, MOST_JOINT))
         self._lock = threading.Lock()  # of the queue
         self._done: deque[Done] = deque()
         self._bell = Bell()
@@ -165,14 +174,25 @@ class Executor:
         with self._lock:
             if self._is_closed:
                 self._queue.clear()
-            taken = self._queue.take()
+            taken = self._queue.take(self._can_join)
         steps = [(each.job, each.at) for each in taken if isinstance(each.job, StepJob)]
-        if steps:
+        if steps and steps[0][0].key != steps[-1][0].key:
+            self._jointly(steps)
+        elif steps:
             self._steps(steps)
+            if leg := self._legs.get(taken[0].key):
+                leg.look()
         elif taken:
-            self._legs.pop(taken[0].key, None)
+            self._legs.forget(taken[0].key)
 
-    def _steps(self, taken: Sequence[tuple[StepJob, float]]) -> None:
+    def _can_join(self, waiting: _Submitted) -> bool:
+        """Whether a leg's next step, one that decodes, may run with those of others."""
+        leg, job = self._legs.get(waiting.key), waiting.job
+        if leg is None or not isinstance(job, StepJob):
+            return False
+        return leg.can_join((job.first, job.stop), job.start)
+
+    def _steps(self, taken: Sequence[_Taken]) -> None:
         """Run steps of one leg that follow each other in one pass and tell what came of them."""
         started = time.perf_counter()
         outputs: list[dict[str, RawTensor]] = [{} for _ in taken]
@@ -187,11 +207,44 @@ class Executor:
             error, fault = str(refused), True
         except Exception as failed:  # whatever a family's code raises belongs to these steps alone
             logger.exception("steps from %s of %s failed", taken[0][0].serial, taken[0][0].key)
-            error = f"{type(failed).__name__}: {failed}"
+            error = _told(failed)
         seconds = time.perf_counter() - started
         run = None if error else self._pass_of([job for job, _ in taken], seconds)
         for (job, submitted), output in zip(taken, outputs, strict=True):
             self._tell(job, output, seconds / len(taken), started - submitted, run, error, fault)
+            run = None
+
+    def _jointly(self, taken: Sequence[_Taken]) -> None:
+        """Run one decode step of each of several legs in one pass and tell what came of them."""
+        started = time.perf_counter()
+        jobs = [job for job, _ in taken]
+        part = self._legs[jobs[0].key].part
+        if len(taken) == 1 or not part.joins:
+            for one in taken:
+                self._steps([one])
+            return
+        saved = [Savepoint(self._legs[job.key].cache) for job in jobs]
+        outcomes: list[_Outcome] | None = None
+        try:
+            outcomes = self._computed_jointly(jobs)
+        except StepError:
+            pass  # nothing was computed; whose fault it is shows below
+        except Exception as failed:  # as above; alone, these steps may well succeed
+            logger.exception("a joint pass of %s legs failed", len(jobs))
+            if isinstance(failed, BlocksError):
+                part.joins = False  # the family cannot, after all
+        if outcomes is None:
+            for point in saved:
+                point.restore()
+            half = len(taken) // 2
+            self._jointly(taken[:half])
+            self._jointly(taken[half:])
+            return
+        seconds = time.perf_counter() - started
+        blocks, has_head = part.stack.stop - part.stack.start, _asks_candidates(jobs[0], part.stack)
+        run: Pass | None = Pass(len(jobs), blocks, has_head, seconds)
+        for (job, submitted), (output, error) in zip(taken, outcomes, strict=True):
+            self._tell(job, output, seconds / len(jobs), started - submitted, run, error, False)
             run = None
 
     def _tell(
@@ -218,7 +271,7 @@ class Executor:
             fault=fault,
         )
         if job.release or done.length == 0:  # a leg that holds nothing is not kept
-            self._legs.pop(job.key, None)
+            self._legs.forget(job.key)
         self._done.append(done)
         self._bell.ring()
 
@@ -234,12 +287,13 @@ class Executor:
         rollback, if any cannot be computed as sent.
         """
         first = jobs[0]
-        leg = self._leg(first)
+        leg = self._legs.opened(first.key, (first.first, first.stop))
         stack = leg.stack
-        inputs, mask, sides = _joined([_inputs(job.payload, stack.needs) for job in jobs])
+        inputs, mask, sides = as_one([tensors(job.payload, stack.needs) for job in jobs])
         asks = _asks_candidates(first, stack)
         if asks and len(inputs) != 1:
             raise StepError(f"candidates are for one row, not for {len(inputs)}")
+        _check_wishes(jobs, stack)
         if leg.cache.is_torn or first.start < leg.cache.length:
             leg.cache.rollback(first.start)
         of_last = len(jobs) == 1 and first.outputs == "last"
@@ -253,28 +307,54 @@ class Executor:
         )
         if len(jobs) == 1:
             return [_output(first, stack, values, sides)]
-        parts = [slice(job.start - first.start, _end(job) - first.start) for job in jobs]
+        ends = [job.start - first.start + extent(job.payload)[1] for job in jobs]
+        parts = [slice(job.start - first.start, end) for job, end in zip(jobs, ends, strict=True)]
         return [
             _output(job, stack, values[:, part], {name: of[:, part] for name, of in sides.items()})
             for job, part in zip(jobs, parts, strict=True)
         ]
 
-    def _leg(self, job: StepJob) -> _Leg:
-        """The job's leg. StepError if its blocks are not held, or are not those it began with."""
-        leg = self._legs.get(job.key)
-        if leg is None:
-            stack = self._stack.part(job.first, job.stop)
-            leg = self._legs[job.key] = _Leg(stack, stack.new_cache())
-        elif (leg.stack.start, leg.stack.stop) != (job.first, job.stop):
-            raise StepError(
-                f"a leg of blocks {leg.stack.start}:{leg.stack.stop} cannot go on with "
-                f"{job.first}:{job.stop}"
-            )
-        return leg
+    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
+    def _computed_jointly(self, jobs: Sequence[StepJob]) -> list[_Outcome]:
+        """What each step comes to, or why it fails though the pass did not.
+
+        StepError, and nothing is changed, if any cannot be computed as sent. After any other error
+        the caches are torn.
+        """
+        legs = [self._legs[job.key] for job in jobs]
+        stack = legs[0].stack
+        _check_wishes(jobs, stack)
+        parts = [tensors(job.payload, stack.needs) for job in jobs]
+        sides = [beside for _, _, beside in parts]
+        values = stack.run_joined(
+            [inputs for inputs, _, _ in parts],
+            [leg.cache for leg in legs],
+            logits_for=1 if _asks_candidates(jobs[0], stack) else None,
+            sides=sides,
+        )
+        outcomes: list[_Outcome] = []
+        for job, row, beside in zip(jobs, values.split(1), sides, strict=True):
+            try:
+                outcomes.append((_output(job, stack, row, beside), None))
+            except Exception as failed:  # such as what is no number: it is in this row alone
+                logger.exception("step %s of %s failed", job.serial, job.key)
+                outcomes.append(({}, _told(failed)))
+        return outcomes
 
 
 def _asks_candidates(job: StepJob, stack: Stack) -> bool:
     return stack.holds_head and job.outputs != "none" and job.candidates is not None
+
+
+def _check_wishes(jobs: Sequence[StepJob], stack: Stack) -> None:
+    """StepError for a wish that cannot be met, before anything is computed."""
+    for job in jobs:
+        if _asks_candidates(job, stack) and job.candidates is not None:
+            candidates(torch.empty(0, stack.vocabulary_size), job.candidates)  # of no position
+
+
+def _told(failed: Exception) -> str:
+    return f"{type(failed).__name__}: {failed}"
 
 
 def _output(job: StepJob, stack: Stack, values: torch.Tensor, sides: Sides) -> dict[str, RawTensor]:
@@ -289,42 +369,10 @@ def _output(job: StepJob, stack: Stack, values: torch.Tensor, sides: Sides) -> d
     return {name: to_raw(value) for name, value in {"hidden": values, **sides}.items()}
 
 
-def _end(job: StepJob) -> int:
-    """The position after the step's last."""
-    tensor = job.payload.get("hidden") or job.payload.get("ids")
-    return job.start + (tensor[1][1] if tensor is not None and len(tensor[1]) > 1 else 0)
-
-
 def _shape_of(job: StepJob) -> Shape | None:
     """What the step can share a pass with; None for one that has it to itself."""
-    if job.release or "mask" in job.payload or _end(job) == job.start:
+    rows, positions = extent(job.payload)
+    if job.release or "mask" in job.payload or not positions:
         return None
-    layout = {name: (raw[0], raw[1][:1], raw[1][2:]) for name, raw in job.payload.items()}
-    kind = (job.first, job.stop, job.outputs, job.candidates is None, *sorted(layout.items()))
-    return Shape(job.start, _end(job) - job.start, kind)
-
-
-def _joined(
-    parts: "Sequence[tuple[torch.Tensor, torch.Tensor | None, Sides]]",
-) -> tuple[torch.Tensor, torch.Tensor | None, Sides]:
-    """The inputs of steps that follow each other, as those of one."""
-    if len(parts) == 1:
-        return parts[0]
-    sides = {name: torch.cat([beside[name] for _, _, beside in parts], 1) for name in parts[0][2]}
-    return torch.cat([inputs for inputs, _, _ in parts], 1), None, sides
-
-
-def _inputs(
-    payload: Payload, needs: Sequence[str]
-) -> tuple[torch.Tensor, torch.Tensor | None, Sides]:
-    """Ids or hidden states, the mask if there is one, and what is needed beside hidden states."""
-    has_hidden = "hidden" in payload
-    if has_hidden == ("ids" in payload) and not (has_hidden and "ids" in needs):
-        raise StepError('a payload holds either "ids" or "hidden"')
-    name = "hidden" if has_hidden else "ids"
-    inputs = from_raw(payload[name])
-    if inputs.is_floating_point() != has_hidden:
-        raise StepError(f"{name} cannot be {inputs.dtype}")
-    mask = from_raw(payload["mask"]) if "mask" in payload else None
-    beside = [one for one in needs if has_hidden and one in payload]
-    return inputs, mask, {one: from_raw(payload[one]) for one in beside}
+    kind = (job.first, job.stop, job.outputs, job.candidates is None, *layout(job.payload))
+    return Shape(job.start, positions, kind, is_decode=(rows, positions) == (1, 1))

@@ -7,7 +7,7 @@ int8: a scale per row, codes -127 to 127. NF4: a scale per 64 values, its scales
    (bitsandbytes' own modules repack their weights at the first step and lose the gradient by it.)
 2. A `Form` alone tells every part's shape and dtype, so bytes are known before anything is loaded.
 3. Activations stay as they are: only weights are quantized, so that one outlier harms nothing.
-4. bitsandbytes is imported by the first use of NF4, silently, and by nothing else.
+4. bitsandbytes is imported by the first use of NF4 or of 8-bit codes, silently, by nothing else.
 """
 
 import logging
@@ -144,6 +144,8 @@ class Matrix:
             product = self._multiply_int8(rows)
         elif self.form.is_packed:
             product = self._multiply_packed(rows)
+        elif rows.device.type == "cpu":
+            product = linear(rows, self.whole(rows.dtype))
         else:
             codes = self.parts["codes"].view(-1, 1)
             product = _bitsandbytes().matmul_4bit(rows, codes, quant_state=self._state(rows.dtype))
@@ -159,8 +161,10 @@ class Matrix:
         state = self._state(dtype)
         if self.form.is_packed:
             state.absmax = state.absmax.t().float().reshape(-1)
+        # the AVX512 kernel takes wrong scales where rows are no whole groups
+        state.shape = torch.Size((self.form.outputs * self.form.inputs // _GROUP, _GROUP))
         whole = _bitsandbytes().functional.dequantize_4bit(codes.reshape(-1, 1), state)
-        return cast(torch.Tensor, whole)
+        return cast(torch.Tensor, whole.view(self.form.outputs, self.form.inputs))
 
     def _multiply_int8(self, rows: torch.Tensor) -> torch.Tensor:
         codes, scales = self.parts["codes"], self.parts["scales"].to(rows.dtype)
@@ -269,7 +273,8 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
     low, high = tiles[:, 0], tiles[:, 1]
     even = (high & 0xF0) | (low >> 4)
     odd = ((high & 0x0F) << 4) | (low & 0x0F)
-    return torch.stack((even, odd), 2).permute(0, 3, 1, 2).reshape(rows, columns)
+    packed = torch.stack((even, odd), 2).permute(0, 3, 1, 2).reshape(rows, columns)
+    return packed.contiguous()  # of a lone tile it may be a view, and the kernel sees no strides
 
 
 def _unpacked(codes: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ import torch
 from blocks.checkpoint import Checkpoint, fingerprint
 
 # raised whenever the bytes of a form or the names of its parts change
-_FORMAT = 1
+_FORMAT = 2  # 1 had wrong scales in some NF4 matrices
 
 # room for one large model: 70 billion values take 37 GB in NF4
 BUDGET_BYTES = 50_000_000_000

@@ -225,6 +225,23 @@ def test_a_step_that_cannot_be_computed_is_the_senders_fault(
     assert reason in (refused.error or "")
 
 
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (CandidateWish(1, (96,)), "not below the vocabulary"),
+        (CandidateWish(1, allowed=()), "allows no id"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_leaves_the_leg_as_it_was(
+    whole: Executor, wish: CandidateWish, reason: str
+) -> None:
+    done(whole, ids_job(1, 0, some_ids(3)))
+    refused = done(whole, ids_job(2, 3, some_ids(1), candidates=wish))
+    assert refused.fault
+    assert reason in (refused.error or "")
+    assert refused.length == 3
+
+
 def test_a_leg_keeps_to_the_blocks_it_began_with(whole: Executor) -> None:
     done(whole, ids_job(1, 0, some_ids(3), stop=4))
     refused = done(whole, ids_job(2, 3, some_ids(1), stop=5))

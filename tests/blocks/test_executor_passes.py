@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,20 @@ def test_one_that_cannot_be_computed_spoils_none_before_it(
     jobs = replay(0, BLOCKS)
     bad = {"ids": to_raw(torch.tensor([[VOCABULARY]]))}
     jobs[4] = StepJob(key="leg", serial=5, start=4, first=0, stop=BLOCKS, payload=bad)
+    results = together(executor, thread, jobs)
+    assert [done.error is None for done in results] == [True] * 4 + [False] * (STEPS - 4)
+    assert all(done.fault for done in results[4:])
+    assert results[-1].length == 4
+    executor.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])  # the latter cannot roll back
+def test_a_wish_that_cannot_be_met_spoils_none_before_it(
+    tiny_model: Get, thread: ComputeThread, family: str
+) -> None:
+    executor = Executor(load_stack(tiny_model(family, False).checkpoint, 0, BLOCKS), thread)
+    jobs = replay(0, BLOCKS, candidates=CandidateWish(4))
+    jobs[4] = replace(jobs[4], candidates=CandidateWish(4, (VOCABULARY,)))
     results = together(executor, thread, jobs)
     assert [done.error is None for done in results] == [True] * 4 + [False] * (STEPS - 4)
     assert all(done.fault for done in results[4:])
