@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blocks.carve import anatomy, carved_class, text_config
+from blocks.carve import anatomy
 from blocks.checkpoint import Checkpoint
 from blocks.errors import CheckpointError
-from blocks.needed import landing
+from blocks.needed import empty_model, landing
 
 SAMPLES = 64  # of each block and of each end
 SAMPLE_BYTES = 4096
@@ -61,9 +61,7 @@ def tensors_by_block(checkpoint: Checkpoint, start: int, stop: int) -> dict[int,
 
 def _places(checkpoint: Checkpoint, start: int, stop: int) -> list[tuple[str, int | None]]:
     """What lands in the stack `start:stop`, each with its block, None outside the blocks."""
-    config = text_config(checkpoint.config)
-    with torch.device("meta"):
-        model = carved_class(config, start, stop)(config)
+    model = empty_model(checkpoint, start, stop)
     path = anatomy(model).path + "."
     return [
         (name, int(to.removeprefix(path).partition(".")[0]) if to.startswith(path) else None)

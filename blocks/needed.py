@@ -21,16 +21,20 @@ def needed_tensors(checkpoint: Checkpoint, start: int, stop: int) -> frozenset[s
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
-    config = text_config(checkpoint.config)
-    with torch.device("meta"):
-        model = carved_class(config, start, stop)(config)
-    return frozenset(landing(model, checkpoint))
+    return frozenset(landing(empty_model(checkpoint, start, stop), checkpoint))
 
 
 def needed_shards(checkpoint: Checkpoint, start: int, stop: int) -> tuple[str, ...]:
     """The shards that hold a tensor of the stack `start:stop`, in order of their names."""
     tensors = needed_tensors(checkpoint, start, stop)
     return tuple(sorted({checkpoint.tensors[name].shard for name in tensors}))
+
+
+def empty_model(checkpoint: Checkpoint, start: int, stop: int) -> PreTrainedModel:
+    """The carved model of the stack `start:stop`, on the meta device: shapes and names alone."""
+    config = text_config(checkpoint.config)
+    with torch.device("meta"):
+        return carved_class(config, start, stop)(config)
 
 
 def landing(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:

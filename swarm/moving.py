@@ -95,11 +95,10 @@ class Keeper:
             return
         while True:
             await trio.sleep(LOOK_SECONDS)
-            target = self._better()
-            if target is not None:
-                await self._move(target)
+            if self._better() is not None:
+                await self._move()
 
-    async def _move(self, target: Span) -> None:
+    async def _move(self) -> None:
         """Leave by announcing it first; stay if the others' answers make it wrong."""
         await self._node.step_back(True)
         await trio.sleep(SETTLE_SECONDS)
