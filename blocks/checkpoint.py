@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from blocks.errors import CheckpointError
@@ -165,6 +166,15 @@ def head_bytes(beginning: bytes) -> int:
     if len(beginning) < _LENGTH_BYTES or length > _HEADER_BYTES_LIMIT:
         raise CheckpointError("a shard is no safetensors file; choose another model")
     return _LENGTH_BYTES + length
+
+
+def open_shard(checkpoint: Checkpoint, shard: str) -> Any:
+    """Return safetensors' handle of a shard, open as long as it lives. CheckpointError names it."""
+    path = checkpoint.folder / shard
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"shard {path} cannot be read ({error}); fetch it again") from error
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -17,11 +17,9 @@ from random import Random
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from blocks.carve import anatomy
-from blocks.checkpoint import Checkpoint
-from blocks.errors import CheckpointError
+from blocks.checkpoint import Checkpoint, open_shard
 from blocks.needed import empty_model, landing
 
 SAMPLES = 64  # of each block and of each end
@@ -38,7 +36,7 @@ def block_digests(checkpoint: Checkpoint, start: int, stop: int, size: int) -> t
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
     tensors = tensors_by_block(checkpoint, start, stop)
     shards = {checkpoint.tensors[name].shard for names in tensors.values() for name in names}
-    files = {shard: _opened(checkpoint, shard) for shard in shards}
+    files = {shard: open_shard(checkpoint, shard) for shard in shards}
     return tuple(_digest(checkpoint, files, tensors[block], size) for block in range(start, stop))
 
 
@@ -95,12 +93,3 @@ def _bytes_at(file: Any, name: str, start: int) -> bytes:
     """Up to SAMPLE_BYTES of a tensor from this byte on; the tensor itself stays on disk."""
     raw = file.get_tensor(name).reshape(-1).view(torch.uint8)
     return bytes(raw[start : start + SAMPLE_BYTES].numpy().tobytes())
-
-
-def _opened(checkpoint: Checkpoint, shard: str) -> Any:
-    try:
-        return safe_open(checkpoint.folder / shard, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"shard {checkpoint.folder / shard} cannot be read ({error}); fetch it again"
-        ) from error

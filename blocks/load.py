@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from blocks.carve import carved_class, text_config
-from blocks.checkpoint import Checkpoint
+from blocks.checkpoint import Checkpoint, open_shard
 from blocks.errors import BlocksError, CheckpointError
 from blocks.formats import Kind, is_nf4_fast
 from blocks.needed import needed_shards
@@ -285,12 +285,7 @@ def lazy_tensors(checkpoint: Checkpoint, on_read: Callable[[int], None]) -> dict
     """
     tensors: dict[str, LazySlice] = {}
     for shard in checkpoint.shards:
-        try:
-            file: Any = safe_open(checkpoint.folder / shard, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"shard {checkpoint.folder / shard} cannot be read ({error}); fetch it again"
-            ) from error
+        file = open_shard(checkpoint, shard)
         for name in file.keys():  # noqa: SIM118  # not a mapping
             values = math.prod(checkpoint.tensors[name].shape)
             label = f"tensor {name} of shard {checkpoint.folder / shard}"

@@ -1,11 +1,16 @@
 """Fixtures of the tests of `blocks`: tiny models, built once per run, and the shared data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import tiny_models
 import torch
-from tiny_models import TinyModel
+from tiny_models import BLOCKS, TinyModel
+
+from blocks.executor import Executor
+from blocks.load import load_stack
+from blocks.thread import ComputeThread
 
 torch.set_num_threads(1)
 
@@ -28,3 +33,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool]
 def llama(tiny_model: Callable[[str, bool], TinyModel]) -> TinyModel:
     """A llama with an untied head."""
     return tiny_model("llama", False)
+
+
+@pytest.fixture(scope="module")
+def thread() -> Iterator[ComputeThread]:
+    """A running compute thread."""
+    with ComputeThread(1) as thread:
+        yield thread
+
+
+@pytest.fixture
+def whole(llama: TinyModel, thread: ComputeThread) -> Iterator[Executor]:
+    """An executor of all blocks of the llama."""
+    with closing(Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread)) as executor:
+        yield executor

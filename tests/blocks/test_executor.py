@@ -4,7 +4,7 @@ import logging
 import select
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,6 @@ from blocks.thread import ComputeThread
 
 Get = Callable[[str, bool], TinyModel]
 PATIENCE_SECONDS = 20.0
-
-
-@pytest.fixture(scope="module")
-def thread() -> Iterator[ComputeThread]:
-    with ComputeThread(1) as thread:
-        yield thread
-
-
-@pytest.fixture
-def whole(llama: TinyModel, thread: ComputeThread) -> Iterator[Executor]:
-    """An executor of all blocks of a tiny llama."""
-    executor = Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread)
-    yield executor
-    executor.close()
 
 
 def ids_job(serial: int, start: int, ids: torch.Tensor, **changes: Any) -> StepJob:

@@ -1,6 +1,6 @@
 """Decode steps of many sessions share a pass, and each comes to what it comes to alone."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -22,18 +22,6 @@ Get = Callable[[str, bool], TinyModel]
 WHOLE = (0, BLOCKS)
 PROMPTS = {"a": 9, "b": 4, "c": 6, "d": 1}  # positions; gemma3's window is between them
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def thread() -> Iterator[ComputeThread]:
-    with ComputeThread(1) as thread:
-        yield thread
-
-
-@pytest.fixture
-def whole(llama: TinyModel, thread: ComputeThread) -> Iterator[Executor]:
-    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread)) as executor:
-        yield executor
 
 
 def session(

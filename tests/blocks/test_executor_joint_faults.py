@@ -1,7 +1,7 @@
 """What goes wrong in a pass of many sessions goes wrong for the session it belongs to, alone."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -19,18 +19,6 @@ from blocks.load import load_stack
 from blocks.thread import ComputeThread
 
 Get = Callable[[str, bool], TinyModel]
-
-
-@pytest.fixture(scope="module")
-def thread() -> Iterator[ComputeThread]:
-    with ComputeThread(1) as thread:
-        yield thread
-
-
-@pytest.fixture
-def whole(llama: TinyModel, thread: ComputeThread) -> Iterator[Executor]:
-    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread)) as executor:
-        yield executor
 
 
 def test_a_bad_id_spoils_no_other_sessions_step_nor_its_own_session(

@@ -21,12 +21,6 @@ Get = Callable[[str, bool], TinyModel]
 STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def thread() -> Iterator[ComputeThread]:
-    with ComputeThread(1) as thread:
-        yield thread
-
-
 @contextmanager
 def held_up(thread: ComputeThread) -> Iterator[None]:
     """Within, nothing is computed; at its end all that was submitted waits."""

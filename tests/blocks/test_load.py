@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import BLOCKS, FAMILIES, TinyModel
 
-import blocks.load
+import blocks.checkpoint
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.errors import CheckpointError
 from blocks.load import has_nan, load_stack, resolve_dtype
@@ -58,7 +58,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The names and bytes of the tensors read from shards from now on."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        blocks.load,
+        blocks.checkpoint,
         "safe_open",
         lambda *args, **named: CountedFile(safe_open(*args, **named), found),
     )
