@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from safetensors import safe_open
 from tiny_models import BLOCKS, TinyModel
 
+import blocks.checkpoint
 from blocks.executor import Executor
 from blocks.load import load_stack
 from blocks.thread import ComputeThread
@@ -47,3 +50,41 @@ def whole(llama: TinyModel, thread: ComputeThread) -> Iterator[Executor]:
     """An executor of all blocks of the llama."""
     with closing(Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread)) as executor:
         yield executor
+
+
+class CountedFile:
+    """A shard that writes down the name and bytes of every tensor read from it."""
+
+    def __init__(self, inner: Any, reads: list[tuple[str, int]]) -> None:
+        self._inner, self._reads = inner, reads
+
+    def keys(self) -> list[str]:
+        return list(self._inner.keys())
+
+    def get_slice(self, name: str) -> "CountedSlice":
+        return CountedSlice(name, self._inner.get_slice(name), self._reads)
+
+
+class CountedSlice:
+    """A slice of a CountedFile; asking for its shape or dtype reads nothing."""
+
+    def __init__(self, name: str, inner: Any, reads: list[tuple[str, int]]) -> None:
+        self._name, self._inner, self._reads = name, inner, reads
+        self.get_shape, self.get_dtype = inner.get_shape, inner.get_dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._inner[index]
+        self._reads.append((self._name, tensor.nbytes))
+        return tensor
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The names and bytes of the tensors read from shards from now on."""
+    found: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        blocks.checkpoint,
+        "safe_open",
+        lambda *args, **named: CountedFile(safe_open(*args, **named), found),
+    )
+    return found

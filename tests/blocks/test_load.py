@@ -14,55 +14,15 @@ from typing import Any
 import pytest
 import torch
 from quant_models import write
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import BLOCKS, FAMILIES, TinyModel
 
-import blocks.checkpoint
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.errors import CheckpointError
 from blocks.load import has_nan, load_stack, resolve_dtype
 from blocks.quantize import Quant
 
 Get = Callable[[str, bool], TinyModel]
-
-
-class CountedFile:
-    """A shard that writes down the name and bytes of every tensor read from it."""
-
-    def __init__(self, inner: Any, reads: list[tuple[str, int]]) -> None:
-        self._inner, self._reads = inner, reads
-
-    def keys(self) -> list[str]:
-        return list(self._inner.keys())
-
-    def get_slice(self, name: str) -> "CountedSlice":
-        return CountedSlice(name, self._inner.get_slice(name), self._reads)
-
-
-class CountedSlice:
-    """A slice of a CountedFile; asking for its shape or dtype reads nothing."""
-
-    def __init__(self, name: str, inner: Any, reads: list[tuple[str, int]]) -> None:
-        self._name, self._inner, self._reads = name, inner, reads
-        self.get_shape, self.get_dtype = inner.get_shape, inner.get_dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._inner[index]
-        self._reads.append((self._name, tensor.nbytes))
-        return tensor
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The names and bytes of the tensors read from shards from now on."""
-    found: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        blocks.checkpoint,
-        "safe_open",
-        lambda *args, **named: CountedFile(safe_open(*args, **named), found),
-    )
-    return found
 
 
 def outside(checkpoint: Checkpoint, *parts: str) -> set[str]:
