@@ -35,6 +35,8 @@ Buffer = bytes | bytearray | memoryview
 
 _LENGTH = struct.Struct("!I")
 _TENSORS = "t"
+_SMALL_BYTES = 32 << 10
+_USUAL_HEADER_BYTES = 4 << 10
 
 
 class Tensor(NamedTuple):
@@ -83,7 +85,7 @@ class Decoder:
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
         self._limits = limits
-        self._held = bytearray()
+        self._held: Buffer = bytearray()
         self._fault: PeerFault | None = None
 
     @property
@@ -92,17 +94,29 @@ class Decoder:
         return not self._held
 
     def feed(self, data: Buffer) -> Iterator[Frame]:
-        """Yield every frame that `data` completes. PeerFault when a frame is malformed."""
+        """Yield every frame that `data` completes. PeerFault when a frame is malformed.
+
+        What is whole in `data` is not copied: tensors are views of it, so it must not change.
+        """
         if self._fault is not None:
             raise self._fault
-        self._held += data
+        if self._held:
+            self._held = self._growing()
+            self._held += data
+        else:
+            self._held = data
         try:
             while (frame := self._take()) is not None:
                 yield frame
         except PeerFault as fault:
             self._fault = fault
-            self._held.clear()
+            self._held = b""
             raise
+        self._held = self._growing()
+
+    def _growing(self) -> bytearray:
+        """What is held as what can grow; nobody else has a view of it."""
+        return self._held if isinstance(self._held, bytearray) else bytearray(self._held)
 
     def _take(self) -> Frame | None:
         if len(self._held) < _LENGTH.size:
@@ -113,12 +127,13 @@ class Decoder:
         end = _LENGTH.size + length
         if len(self._held) < end:
             return None
-        body = bytes(memoryview(self._held)[_LENGTH.size : end])
-        del self._held[:end]
-        return decode_body(body, self._limits)
+        view = memoryview(self._held)
+        # what was held stays with the views of it, and the rest begins anew
+        self._held = view[end:]
+        return decode_body(view[_LENGTH.size : end], self._limits)
 
 
-def decode_body(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Frame:
+def decode_body(body: Buffer, limits: Limits = DEFAULT_LIMITS) -> Frame:
     """Return the frame whose bytes after the length are `body`. PeerFault if it is malformed."""
     header, used = _header(body, limits)
     tensors: dict[str, Tensor] = {}
@@ -131,29 +146,37 @@ def decode_body(body: bytes, limits: Limits = DEFAULT_LIMITS) -> Frame:
         size = DTYPE_BYTES[dtype] * math.prod(shape)
         if name in tensors or used + size > len(body):
             raise PeerFault(f"tensor {name!r} is twice in a frame or longer than it")
-        tensors[name] = Tensor(dtype, shape, view[used : used + size])
+        values = view[used : used + size]
+        # a view keeps all that it is a view of: a small one is better a copy
+        tensors[name] = Tensor(dtype, shape, values if size >= _SMALL_BYTES else bytes(values))
         used += size
     if used != len(body):
         raise PeerFault("a frame has bytes that no tensor calls for")
     return Frame(header, tensors)
 
 
-def _header(body: bytes, limits: Limits) -> tuple[dict[str, Any], int]:
-    size = min(len(body), limits.header_bytes)
-    unpacker = msgpack.Unpacker(
-        raw=False,
-        strict_map_key=True,
-        max_buffer_size=max(size, 1),
-        max_ext_len=0,
-    )
-    unpacker.feed(memoryview(body)[:size])
+def _header(body: Buffer, limits: Limits) -> tuple[dict[str, Any], int]:
+    """The header and its size."""
+    most = min(len(body), limits.header_bytes)
     try:
-        header = unpacker.unpack()
+        try:
+            header, used = _unpacked(body, min(most, _USUAL_HEADER_BYTES))
+        except msgpack.OutOfData:
+            header, used = _unpacked(body, most)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise PeerFault("a frame's header is not msgpack within the limits") from error
     if not isinstance(header, dict) or not all(isinstance(key, str) for key in header):
         raise PeerFault("a frame's header is not a map of names")
-    return header, unpacker.tell()
+    return header, used
+
+
+def _unpacked(body: Buffer, size: int) -> tuple[Any, int]:
+    """The first object in the first `size` bytes, which are copied, and how many it takes."""
+    unpacker = msgpack.Unpacker(
+        raw=False, strict_map_key=True, max_buffer_size=max(size, 1), max_ext_len=0
+    )
+    unpacker.feed(memoryview(body)[:size])
+    return unpacker.unpack(), unpacker.tell()
 
 
 def _tensor_entry(entry: Any, limits: Limits) -> tuple[str, str, tuple[int, ...]]:

@@ -27,6 +27,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from swarm.errors import Unreachable
 from swarm.host.channel import Channel
 from swarm.host.negotiation import NotSpoken
+from swarm.host.shortcut import Shortcut
 from swarm.host.sockets import Tcp
 from swarm.identity import Identity
 
@@ -42,14 +43,27 @@ class Sealed(Channel):
         super().__init__()
         self._tcp = tcp
         self._noise = noise
-        self._sealed = bytearray()
+        self._torn = b""  # the beginning of a frame
         self._uninspected = 0
         self.inspect: Callable[[], None] | None = None
+        self._shortcut: Shortcut | None = None
+
+    def serve(self, mux: Any) -> None:
+        """Let the muxer read only what cannot be filed without it. It has read nothing yet."""
+        self._shortcut = Shortcut(mux)
+        held = self._drain()  # came with the proposal
+        self._held += self._shortcut.rest(held)
+
+    def _accept(self, data: bytes) -> None:
+        if self._proposer is not None:
+            super()._accept(data)
+            data = self._drain()
+        self._held += data if self._shortcut is None else self._shortcut.rest(data)
 
     async def _receive(self) -> bytes:
-        self._sealed += await self._tcp.read()
+        data = await self._tcp.read()
         try:
-            plain = self._open_frames()
+            plain = self._open_frames(data)
             self._uninspected += len(plain)
             if self.inspect is not None and self._uninspected > _INSPECTION_BYTES:
                 self._uninspected = 0
@@ -59,20 +73,20 @@ class Sealed(Channel):
             raise
         return plain
 
-    def _open_frames(self) -> bytes:
-        opened = []
-        at, held = 0, memoryview(self._sealed)
-        while at + 2 <= len(held):
-            end = at + 2 + _LENGTH.unpack_from(held, at)[0]
-            if end > len(held):
+    def _open_frames(self, data: bytes) -> bytes:
+        opened, at = [], 0
+        if self._torn:
+            data = self._torn + data
+        while at + _LENGTH.size <= len(data):
+            end = at + _LENGTH.size + _LENGTH.unpack_from(data, at)[0]
+            if end > len(data):
                 break
             try:
-                opened.append(self._noise.decrypt(bytes(held[at + 2 : end])))
+                opened.append(self._noise.decrypt(data[at + _LENGTH.size : end]))
             except Exception as error:  # the cipher's own kinds of "forged"; nothing else runs
                 raise RawConnError("connection closed: a forged frame") from error
             at = end
-        held.release()
-        del self._sealed[:at]
+        self._torn = data[at:]
         return opened[0] if len(opened) == 1 else b"".join(opened)
 
     async def _send(self, data: bytes) -> None:
@@ -147,6 +161,7 @@ class Handshaker:
         sealed = Sealed(tcp, session.conn.noise_state)
         sealed.propose(YAMUX)
         mux = Yamux(sealed, remote, is_initiator=True)
+        sealed.serve(mux)
         return Connection(peer, tcp, mux, sealed, is_dialler=True)
 
     async def _listen(self, tcp: Tcp) -> Connection:
@@ -157,4 +172,5 @@ class Handshaker:
         remote = session.get_remote_peer()
         peer = base58.b58encode(remote.to_bytes()).decode()
         mux = Yamux(sealed, remote, is_initiator=False)
+        sealed.serve(mux)
         return Connection(peer, tcp, mux, sealed, is_dialler=False)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _ACCEPT_PAUSE_SECONDS = 0.05
 _RECEIVE_BYTES = 256 << 10
 _BACKLOG = 256
+_MOST_IN_A_ROW = 16  # reads without a look at the others: a fast sender must not be all there is
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 _KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 3))
 
@@ -67,14 +68,20 @@ class Tcp(Channel):
         super().__init__()
         self._sock = sock
         self._unsent = b""
+        self._in_a_row = 0
         sock.setblocking(False)
         _tune(sock)
 
     async def _receive(self) -> bytes:
+        self._in_a_row += 1
+        if self._in_a_row > _MOST_IN_A_ROW:
+            self._in_a_row = 0
+            await trio.lowlevel.checkpoint()
         while True:
             try:
                 data = self._sock.recv(_RECEIVE_BYTES)
             except (BlockingIOError, InterruptedError):
+                self._in_a_row = 0
                 await self._wait(trio.lowlevel.wait_readable)
                 continue
             except OSError as error:

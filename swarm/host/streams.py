@@ -140,19 +140,22 @@ class PeerStream(Channel):
 
     async def _put(self, data: bytes) -> None:
         muxed = self._muxed
-        if self._is_closed or muxed.closed or muxed.send_closed:
-            raise self._ended()
         flags = 0 if self._is_announced else FLAG_SYN
-        if len(data) <= min(_ONE_FRAME_BYTES, muxed.send_window):
+        view = memoryview(data)
+        for start in range(0, max(len(data), 1), _ONE_FRAME_BYTES):
+            if self._is_closed or muxed.closed or muxed.send_closed:
+                raise self._ended()
+            piece = view[start : start + _ONE_FRAME_BYTES]
             self._is_announced = True
-            muxed.send_window -= len(data)
-            header = _HEADER.pack(0, TYPE_DATA, flags, self._id, len(data))
-            await self._write_frame(header + data)
-            return
-        if flags:
-            self._is_announced = True
-            await self._write_frame(_HEADER.pack(0, TYPE_WINDOW_UPDATE, flags, self._id, 0))
-        await muxed.write(data)  # many frames, as the window opens; ends if it does not for 5 s
+            if len(piece) > muxed.send_window:
+                if flags:
+                    await self._write_frame(_HEADER.pack(0, TYPE_WINDOW_UPDATE, flags, self._id, 0))
+                await muxed.write(data[start:])  # as the window opens; ends if it does not for 5 s
+                return
+            muxed.send_window -= len(piece)
+            header = _HEADER.pack(0, TYPE_DATA, flags, self._id, len(piece))
+            flags = 0
+            await self._write_frame(b"".join((header, piece)))
 
     async def _write_frame(self, frame: bytes) -> None:
         # What the muxer's own does, without formatting a line of its log for each frame.

@@ -187,3 +187,23 @@ def test_a_frame_that_breaks_the_limits_is_not_sent() -> None:
     big = Tensor("uint8", (5000,), bytes(5000))
     with pytest.raises(ValueError, match="over the limit"):
         encode(Frame({}, {"a": big}), SMALL)
+
+
+def test_a_large_tensor_is_a_view_of_what_came_and_a_small_one_holds_nothing_else() -> None:
+    large, small = Tensor("uint8", (1 << 17,), bytes(1 << 17)), Tensor("uint8", (3,), b"abc")
+    whole = encode(Frame({}, {"large": large, "small": small}))
+    (frame,) = Decoder().feed(whole)
+    view = frame.tensors["large"].data
+    assert isinstance(view, memoryview)
+    assert view.obj is whole
+    assert isinstance(frame.tensors["small"].data, bytes)
+
+
+def test_views_of_a_frame_stay_as_they_are_when_the_next_one_comes() -> None:
+    frames = [Frame({}, {"x": Tensor("uint8", (1 << 16,), bytes([k]) * (1 << 16))}) for k in (1, 2)]
+    whole = b"".join(map(encode, frames))
+    decoder = Decoder()
+    taken = [
+        frame for at in range(0, len(whole), 1000) for frame in decoder.feed(whole[at : at + 1000])
+    ]
+    assert taken == frames
