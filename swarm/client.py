@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from random import Random
 
 import trio
@@ -24,8 +24,9 @@ from routing.search import fastest_route
 from routing.view import spares
 from swarm.client_session import Broken, ClientSession, open_session
 from swarm.digests import outvoted
-from swarm.errors import NoRoute, PeerFault, Refusal, SwarmError, Unreachable
-from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
+from swarm.errors import NoRoute, Refusal, SwarmError, Unreachable
+from swarm.fetching import Model, fetch_model
+from swarm.files import FileCache
 from swarm.identity import Identity
 from swarm.invite import Invite
 from swarm.peers import PeerTable
@@ -35,7 +36,6 @@ from swarm.reading import read_tables, read_views
 from swarm.record import PeerRecord, offer_of
 from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
-from swarm.text import ModelCard, Tokens
 from swarm.transport import Host
 from swarm.whereabouts import Whereabouts
 
@@ -43,25 +43,17 @@ log = logging.getLogger(__name__)
 
 FRESH_SECONDS = 1.0  # records read since then are not read again for the next try at a route
 REFRESH_SECONDS = 5.0  # a newcomer may take over this soon; a record lives for some 35
-FILES_SECONDS = 60.0
 PROBE_SECONDS = 1.0
 MOST_PROBED = 16
-MOST_GIVERS = 8  # peers asked in turn for the model's files
 MOST_DIALLED = 8  # at once, when the last link is gone
 DIAL_SECONDS = 5.0
 # For servers nobody measured: an ocean's width, so that measured neighbours are preferred.
 UNMEASURED_SECONDS = 0.15
 WIRE_BYTES_PER_VALUE = 4
+# Before a server takes a silent one's place: an echo, over a link that may have to be dialled.
+ANSWER_SECONDS = 0.25
+ANSWER_ROUND_TRIPS = 6
 SETTLING_PULLS = 8  # of each measured peer: a client is here too briefly to settle slowly
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What a client knows of the swarm's model."""
-
-    fingerprint: str
-    card: ModelCard
-    tokens: Tokens
 
 
 class Client:
@@ -125,20 +117,52 @@ class Client:
         """Return the route with its lost hops replaced. NoRoute if some blocks have no server.
 
         The records at hand decide: reading them again would make the user wait. Only if they hold
-        no answer are they read.
+        no answer are they read. After a silence the new ones are asked first whether they live:
+        what silenced one may have silenced its neighbours, and to find that out on the way takes
+        seconds each time.
         """
+        is_silence = any(each.kind in ("silent", "unreachable") for each in broken.troubles)
+        while True:
+            repaired = await self._repair(broken, needed_tokens)
+            new = {hop.peer for hop in repaired.hops if hop.mode == "new"} - {*broken.suspects}
+            silent = await self._without_answer(new) if is_silence else []
+            if not silent:
+                return repaired
+            for peer in silent:
+                self._suspects.add(peer, trio.current_time(), 0.0)
+            broken = replace(broken, suspects=(*broken.suspects, *silent))
+
+    async def _repair(self, broken: Broken, needed_tokens: int) -> Repair:
         try:
             return self._repaired(broken, needed_tokens)
         except NoRoute:
             await self.refresh({*broken.suspects, *(each.peer for each in broken.troubles)})
             return self._repaired(broken, needed_tokens)
 
+    async def _without_answer(self, peers: Collection[str]) -> list[str]:
+        """Ask all at once; return who does not answer soon."""
+        silent: list[str] = []
+        known = self.whereabouts.round_trips
+
+        async def ask(peer: str) -> None:
+            seconds = ANSWER_SECONDS + ANSWER_ROUND_TRIPS * known.get(peer, UNMEASURED_SECONDS)
+            try:
+                await measure_round_trip(self.host, peer, within=seconds, rounds=0)
+            except SwarmError as error:
+                log.debug("%s takes nobody's place: %s", peer, error.message)
+                silent.append(peer)
+
+        async with trio.open_nursery() as nursery:
+            for peer in peers:
+                nursery.start_soon(ask, peer)
+        return sorted(silent)
+
     def _repaired(self, broken: Broken, needed_tokens: int) -> Repair:
         try:
             return repair(
                 broken.hops,
                 broken.troubles,
-                self._offers(),
+                [offer for offer in self._offers() if offer.peer not in broken.full],
                 self.model.card.blocks,
                 self._cost(),
                 retried=broken.retried,
@@ -313,46 +337,6 @@ async def _dial_any(host: Host, peers: Sequence[str], *, within: float) -> list[
         for peer in peers:
             nursery.start_soon(dial, peer, nursery.cancel_scope)
     return failures
-
-
-async def fetch_model(host: Host, records: Sequence[PeerRecord], cache: FileCache) -> Model:
-    """Return the model's description and tokenizer, from disk or from the first peer that gives
-    the files its fingerprint calls for. The last peer's error if none of the first few does.
-    """
-    last: SwarmError = PeerFault("no server tells which files its model has")
-    proved = [record for record in records if _is_proved(record)]
-    proved.sort(key=lambda record: record.peer not in host.links())
-    for record in proved[:MOST_GIVERS]:
-        try:
-            files = await _load_or_fetch(host, record, cache)
-            return model_of(record.fingerprint, files)
-        except SwarmError as error:
-            last = error
-    raise last
-
-
-def _is_proved(record: PeerRecord) -> bool:
-    """Tell whether its digests are those that its fingerprint stands for."""
-    return fingerprint_of(record.checkpoint_digest, record.files_digest) == record.fingerprint
-
-
-def model_of(fingerprint: str, files: SmallFiles) -> Model:
-    """Return what the small files say. PeerFault if they are malformed."""
-    if "model.json" not in files:
-        raise PeerFault("the model's files lack model.json")
-    card = ModelCard.read(files["model.json"])
-    return Model(fingerprint=fingerprint, card=card, tokens=Tokens(files))
-
-
-async def _load_or_fetch(host: Host, record: PeerRecord, cache: FileCache) -> SmallFiles:
-    files = cache.load(record.files_digest)
-    if files is None:
-        files = await fetch_files(host, record.peer, record.files_digest, within=FILES_SECONDS)
-        try:
-            cache.store(files)
-        except OSError as error:
-            log.debug("the model's files are not kept: %s", error)
-    return files
 
 
 def no_route(gap: Gap, *, is_exact: bool = False) -> NoRoute:

@@ -26,17 +26,19 @@ def serve_probe(host: Host) -> None:
     host.serve(PROBE_PROTOCOL, _echo)
 
 
-async def measure_round_trip(host: Host, peer: str, *, within: float) -> float:
+async def measure_round_trip(
+    host: Host, peer: str, *, within: float, rounds: int = _ROUNDS
+) -> float:
     """Return the seconds from a frame's sending to its echo: the median of a few over one stream.
 
     Unreachable if no echo came within `within` seconds, or the stream ended; PeerFault for a
-    wrong echo. The first echo pays for opening the stream and is not counted.
+    wrong echo. The first echo pays for opening the stream and is counted only if `rounds` is 0.
     """
     samples: list[float] = []
     with trio.move_on_after(within):
         stream = MessageStream(await host.open(peer, PROBE_PROTOCOL, within=within), _LIMITS)
         try:
-            for number in range(_ROUNDS + 1):
+            for number in range(rounds + 1):
                 sent = trio.current_time()
                 await stream.send_frame(Frame({"round": number}))
                 answer = await stream.receive_frame()
@@ -45,9 +47,9 @@ async def measure_round_trip(host: Host, peer: str, *, within: float) -> float:
                 samples.append(trio.current_time() - sent)
         finally:
             await stream.close()
-    if len(samples) < 2:
+    if len(samples) < min(rounds + 1, 2):
         raise Unreachable(f"{peer} did not echo a probe within {within:g} seconds")
-    return median(samples[1:])
+    return median(samples[1:] or samples)
 
 
 async def _echo(stream: Stream) -> None:

@@ -9,10 +9,15 @@ import trio
 from gossiping import IDENTITIES, SECRET, SWARM_ID, Member, record, until
 from gossiping import run as run_network
 
-from routing.repair import NOTHING_RETRIED, Trouble
+from routing.repair import NOTHING_RETRIED, Kind, Retried, Trouble
 from routing.route import Hop
 from routing.span import Span
-from swarm.client import REFRESH_SECONDS, open_client
+from swarm.client import (
+    ANSWER_ROUND_TRIPS,
+    ANSWER_SECONDS,
+    REFRESH_SECONDS,
+    open_client,
+)
 from swarm.client_session import Broken
 from swarm.errors import NoRoute, Refusal, Unreachable
 from swarm.files import FileCache, SmallFiles, fingerprint_of, serve_files
@@ -20,6 +25,7 @@ from swarm.identity import Identity
 from swarm.invite import Invite, swarm_id_of
 from swarm.memory import MemoryHost, MemoryNetwork
 from swarm.peers import PeerTable
+from swarm.probe import serve_probe
 from swarm.prompt import PromptSettings, sampling_of
 from swarm.reading import read_tables, read_views
 from swarm.record import PeerRecord, sign_record, tombstone_of
@@ -346,3 +352,43 @@ def test_the_users_choice_is_completed_by_the_models_own() -> None:
     chosen = PromptSettings(prompt="x", temperature=1.0, top_p=0.5, top_k=0, seed=3)
     asked = sampling_of(defaults, chosen)
     assert (asked.top_p, asked.top_k, asked.seed) == (0.5, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_passed_over"), [("silent", True), ("unreachable", True), ("link", False)]
+)
+def test_after_a_silence_a_server_that_is_silent_too_takes_nobodys_place(
+    tmp_path: Path, kind: Kind, is_passed_over: bool
+) -> None:
+    """A closed stream is mended at once: nothing says then that others are in trouble."""
+
+    async def body(swarm: Swarm, cache: Path) -> None:
+        whole = await swarm.add("0:8")
+        for _ in range(2):
+            await swarm.add("4:8", decode_seconds_per_block=0.0001)
+        fast = [member.peer for member in swarm.members[1:]]
+        for member in swarm.members:
+            serve_probe(member.host)
+        async with open_client(
+            await swarm.client_host(), ME, swarm.invite(), FileCache(cache)
+        ) as client:
+            await client.refresh(is_whole=True)
+            assert len(client.records()) == 3
+            for peer in fast:
+                await client.host.dial(peer, within=1.0)
+            swarm.network.cut(client.host.peer, fast[0])
+            swarm.network.cut(client.host.peer, fast[1])
+            hops = (Hop(whole.peer, Span(0, 4)), Hop("gone", Span(4, 8)))
+            broken = Broken(
+                hops=hops,
+                troubles=(Trouble("gone", Span(4, 8), kind),),
+                retried=Retried(frozenset({("gone", Span(4, 8))})),
+                suspects=(),
+            )
+            began = trio.current_time()
+            mended = await client.repair_route(broken, 10)
+            chosen = {hop.peer for hop in mended.hops}
+            assert bool(chosen & {*fast}) != is_passed_over
+            assert trio.current_time() - began < 3 * (ANSWER_SECONDS + ANSWER_ROUND_TRIPS * 0.15)
+
+    run(body, tmp_path)
