@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from swarm import __version__
-from swarm.commands import asking, bench, doctor, planning, seeing, serving
+from swarm.commands import asking, bench, doctor, gateway, planning, seeing, serving
 from swarm.errors import EXIT_INTERRUPTED, BadInput
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ def _options(
 
 app.command()(serving.serve)
 app.command()(asking.generate)
+app.command()(gateway.api)
 app.command()(seeing.status)
 app.command()(seeing.invite)
 app.add_typer(bench.app, name="bench")

@@ -6,6 +6,8 @@
 3. After `rollback(n)` the next step computes what it would have computed had the session never
    been longer than n. What cannot be rolled back so is refused, never approximated.
 4. A cache holds no reference to itself: dropping the last reference frees its memory at once.
+5. What caches share is never written: of a cache and its forks, whoever appends first where another
+   still looks takes a room of its own.
 """
 
 import functools
@@ -18,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
@@ -45,9 +48,13 @@ class _Session:
 
 @dataclass(slots=True)
 class _Buffer:
-    """Room for one tensor that grows along axis -2. Views of it stay valid as it grows."""
+    """Room for one tensor that grows along axis -2. Views of it stay valid as it grows.
+
+    `shared`: how many tokens, from the start of the room, forks look at.
+    """
 
     room: torch.Tensor | None = None
+    shared: int = 0
 
     def append(
         self, held: torch.Tensor | None, new: torch.Tensor, keep: int | None = None
@@ -62,11 +69,13 @@ class _Buffer:
             room is None
             or held is None
             or held.data_ptr() != room.data_ptr()  # a beam search put its own tensor in place
+            or count < self.shared  # rolled back below what a fork looks at
             or count + new.shape[-2] > room.shape[-2]
         ):
             kept = count if keep is None else min(count, keep)
             tokens = max(_FIRST_ROOM_TOKENS, 2 * (kept + new.shape[-2]))
             room = self.room = new.new_empty((*new.shape[:-2], tokens, new.shape[-1]))
+            self.shared = 0
             if held is not None:
                 room[..., :kept, :] = held[..., count - kept :, :]
             count = kept
@@ -115,8 +124,14 @@ class _GrowingSliding(DynamicSlidingWindowLayer):  # type: ignore[misc]  # as ab
 
     def can_crop(self, tokens: int) -> bool:
         """Is everything the window needs still held once the last `tokens` are gone?"""
+        return self.cumulative_length - tokens >= self.shortest
+
+    @property
+    def shortest(self) -> int:
+        """The least length, beside 0, for which everything its window needs is still held."""
         held = 0 if self.keys is None else self.keys.shape[-2]
-        return held - tokens >= min(self.cumulative_length - tokens, self.sliding_window - 1)
+        gone = self.cumulative_length - held
+        return gone + self.sliding_window - 1 if gone else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; as in transformers their count comes with a minus sign."""
@@ -224,7 +239,12 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
             elif not isinstance(layer, DummyLayer):
                 layer.__class__ = _ghost_kind(kind)
                 layer.session = self._session
+        self._hold()
+
+    def _hold(self) -> None:
         self.held = [self.layers[number] for number in self.numbers]
+        self._sliding = [layer for layer in self.held if isinstance(layer, _GrowingSliding)]
+        self._is_forkable = all(kind_of(layer) in _FORKABLE for layer in self.held)
 
     @property
     def length(self) -> int:
@@ -269,6 +289,32 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
             self._session.length = length
 
     @property
+    def shortest_fork(self) -> int | None:
+        """The least length that a fork may have, None if the family or its state allows none."""
+        if not self._is_forkable or self.is_torn or not self.length:
+            return None
+        return max([1, *(layer.shortest for layer in self._sliding if layer.is_initialized)])
+
+    def fork(self, length: int) -> "StackCache":
+        """Return a cache that goes on from the first `length` positions, on its own from then on.
+
+        Nothing is copied before one of the two stores something where the other looks. StepError if
+        the session is shorter, BlocksError if `shortest_fork` allows no such fork.
+        """
+        if not 0 < length <= self.length:
+            raise StepError(f"no fork of {length} positions: {self.length} are held")
+        shortest = self.shortest_fork
+        if shortest is None or length < shortest:
+            raise BlocksError(f"these layers cannot be forked at {length} of {self.length}")
+        lent = [number for number in self.numbers if not self.start <= number < self.stop]
+        fork = StackCache(self._config, self.start, self.stop, lent)
+        fork.rows, fork._session.length = self.rows, length
+        for number, layer in zip(self.numbers, self.held, strict=True):
+            fork.layers[number] = _forked(layer, self.length - length)
+        fork._hold()
+        return fork
+
+    @property
     def byte_count(self) -> int:
         """Bytes of memory taken, spare room included; storages shared by tensors count once."""
         storages = {
@@ -296,3 +342,19 @@ def _can_crop(layer: Any, tokens: int) -> bool:
     if isinstance(layer, DynamicSlidingWindowLayer):
         return isinstance(layer, _GrowingSliding) and layer.can_crop(tokens)
     return bool(layer.is_croppable)
+
+
+# Kinds that hold nothing but keys and values, which only grow.
+_FORKABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
+
+
+def _forked(layer: Any, removed: int) -> Any:
+    """A layer that holds what `layer` holds but for the last `removed` tokens, by reference."""
+    fork = object.__new__(type(layer))
+    vars(fork).update(vars(layer))
+    if not isinstance(layer, DummyLayer) and layer.is_initialized:
+        for buffer, held in zip(layer.buffers, (layer.keys, layer.values), strict=True):
+            buffer.shared = max(buffer.shared, held.shape[-2] - removed)
+        fork.buffers = (_Buffer(), _Buffer())
+    fork.crop(-removed)
+    return fork

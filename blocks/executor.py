@@ -1,17 +1,20 @@
 """Steps in, results out: how the network's side asks for computation without touching torch.
 
-Messages only, so that the computing could move to a process of its own. All torch work of a
-process happens in one `ComputeThread`; several executors may share it.
+Messages only (`blocks.jobs`), so that the computing could move to a process of its own. All torch
+work of a process happens in one `ComputeThread`; several executors may share it.
 
-1. One pass over the weights runs at a time. Legs take turns; steps of one that wait and follow
-   each other share a pass, and so do decode steps of several legs (`blocks.batching`).
+1. One pass over the weights runs at a time. Clients take turns, and so do their legs; steps of one
+   that wait and follow each other share a pass, and so do decode steps of several legs, and long
+   steps are computed in chunks, between which others are (`blocks.batching`, `blocks.steps`).
 2. Every StepJob gets exactly one Done, those of a leg in order, whatever happens in it; after
    `close` none.
 3. A step that fails by its sender's fault leaves the leg as it was, but for a rollback it asked
-   for. After any other failure the leg can only go on from position 0.
+   for. After any other failure the leg can only go on from position 0; so it is where the fault
+   shows in a later chunk of a step, and the family cannot go back to where the step began.
 4. A step that fails in a pass with other legs' harms none of these: the pass is undone and repeated
    in halves, so that in the end it fails alone.
-5. `fileno()` is readable whenever `collect` would return something.
+5. No more waits than `Bounds` allows: a step beyond that fails, in its turn, and nothing else does.
+6. `fileno()` is readable whenever `collect` would return something.
 """
 
 import logging
@@ -19,112 +22,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
+from functools import partial
 
-import torch
-
-from blocks.batching import Shape, StepQueue
-from blocks.codec import Payload, RawTensor, to_raw
-from blocks.ends import CandidateWish, candidates
+from blocks.backlog import Backlog
+from blocks.batching import StepQueue
 from blocks.errors import BlocksError, StepError
+from blocks.jobs import Done, ForkJob, FreeJob, Pass, StepJob, failed_fork
 from blocks.legs import Legs
-from blocks.payloads import as_one, extent, layout, tensors
+from blocks.passes import Outcome, pass_of, run_alone, run_jointly, told, undo
+from blocks.payloads import layout
+from blocks.returns import Returns
 from blocks.savepoint import Savepoint
-from blocks.sides import Sides
 from blocks.stack import Stack
+from blocks.steps import Bounds, Chunk, Cutter, Errand, Step
 from blocks.thread import Bell, ComputeThread
+
+__all__ = ["Bounds", "Done", "Executor", "ForkJob", "FreeJob", "Pass", "StepJob"]
 
 logger = logging.getLogger(__name__)
 
-# A replay comes as the steps that it replays, one position each. Computed one by one they cost as
-# many passes over the weights; together, one. A larger pass would hold up other legs.
-MOST_JOINED = 256
-# Legs in a joint pass: enough to share the reading of the weights, few enough that a pass of long
-# pasts does not become a wait for everyone.
-MOST_JOINT = 32
-# The logits of all positions of a pass lie in memory at once.
-MOST_LOGIT_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepJob:
-    """Run one step of a leg: positions from `start` on through the blocks `first:stop`.
-
-    `key` names the leg; its cache is made by its first step and keeps to the same blocks. The
-    payload holds "ids" [B, S] or "hidden" [B, S, ...], with "hidden" what some families need beside
-    it (see `blocks.sides`), and "mask" [B, start + S] if padded. `outputs` and `candidates` matter
-    on a leg that ends at the last block only.
-    """
-
-    key: Hashable
-    serial: int
-    start: int
-    first: int
-    stop: int
-    payload: Payload
-    outputs: Literal["none", "last", "all"] = "all"
-    candidates: CandidateWish | None = None
-    release: bool = False  # free the leg when the step is done
-
-
-@dataclass(frozen=True, slots=True)
-class FreeJob:
-    """Free a leg's cache, after all steps submitted before. Unknown legs are none's fault."""
-
-    key: Hashable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What became of a StepJob.
-
-    `output` is what the next hop or the client needs: between hops {"hidden"} and what its family
-    needs beside it; from the last block {"tokens", "logits", "named", "left"} with candidates,
-    {"hidden"} (before the final norm) without, {} where no output is wanted or the step failed.
-    """
-
-    key: Hashable
-    serial: int
-    output: dict[str, RawTensor] = field(default_factory=dict)
-    seconds: float  # computing: the step's share of a pass
-    waited: float  # from submit to the start of computing, in seconds
-    length: int  # positions the leg holds now
-    cache_bytes: int  # memory the leg takes now
-    run: "Pass | None" = None  # what it was computed in; told by the first step of it only
-    error: str | None = None
-    fault: bool = False  # the error is the sender's
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """One run through blocks, and perhaps the head.
-
-    `positions`: of all steps in it, each computed once; of a joint pass as many as its legs. So a
-    pass of a few positions took what one position takes, whosever they are.
-    """
-
-    positions: int
-    blocks: int
-    has_head: bool
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Submitted:
-    """A job in the queue."""
-
-    job: StepJob | FreeJob
-    at: float  # when it came
-    shape: Shape | None
-
-    @property
-    def key(self) -> Hashable:
-        return self.job.key
-
-
-_Taken = tuple[StepJob, float]  # and when it came
-_Outcome = tuple[dict[str, RawTensor], str | None]  # what it gives, or what went wrong
+_BOUNDS = Bounds()
+_FREED = Outcome(error="its session was freed before it was computed")
 
 
 class Executor:
@@ -133,23 +52,46 @@ class Executor:
     `submit` may be called from any thread; `collect` from the one that waits on `fileno`.
     """
 
-    def __init__(self, stack: Stack, thread: ComputeThread) -> None:
+    def __init__(self, stack: Stack, thread: ComputeThread, bounds: Bounds = _BOUNDS) -> None:
         self._thread = thread
         self._legs = Legs(stack)  # touched by the compute thread only
-        most = MOST_LOGIT_BYTES // (4 * stack.vocabulary_size) if stack.holds_head else MOST_JOINED
-        most = max(1, min(most, MOST_JOINED))
-        self._queue: StepQueue[_Submitted] = StepQueue(most, min(most, MOST_JOINT))
-        self._lock = threading.Lock()  # of the queue
+        self._cutter = Cutter(stack, bounds)
+        self._lock = threading.Condition(threading.Lock())  # of the next five
+        self._queue: StepQueue[Chunk | Errand] = StepQueue(bounds.joint_legs)
+        self._backlog = Backlog(bounds.waiting_bytes, bounds.leg_waiting_bytes)
+        self._forks: deque[ForkJob] = deque()
+        self._returns = Returns()
+        self._is_at_work = False  # the thread will look at the queue, or is looking
+        self._most_joint = bounds.joint_legs
+        self._decode_seconds = 0.0  # of the last pass of decode steps
         self._done: deque[Done] = deque()
         self._bell = Bell()
         self._is_closed = False
 
-    def submit(self, job: StepJob | FreeJob) -> None:
+    @property
+    def waiting_bytes(self) -> int:
+        """Memory of the steps submitted and not done. From any thread."""
+        return self._backlog.bytes
+
+    @property
+    def waiting_steps(self) -> int:
+        """How many steps were submitted and are not done. From any thread."""
+        return self._backlog.steps
+
+    def submit(self, job: StepJob | ForkJob | FreeJob) -> None:
         """Queue a job. Returns at once; nothing happens after `close`."""
-        shape = _shape_of(job) if isinstance(job, StepJob) else None
         with self._lock:
-            self._queue.add(_Submitted(job, time.perf_counter(), shape))
-        self._thread.submit(self._next)
+            if isinstance(job, StepJob):
+                self._add(job)
+            elif isinstance(job, ForkJob):
+                self._forks.append(job)
+            else:
+                self._queue.change(job.key, self._freed)
+                self._queue.add(Errand(job.key, partial(self._forget, job.key)))
+            self._lock.notify()
+            if not self._is_at_work:
+                self._is_at_work = True
+                self._thread.submit(self._work)
 
     def collect(self) -> list[Done]:
         """Take the results that have come since the last call; never waits."""
@@ -169,210 +111,178 @@ class Executor:
         self._bell.close()
         self._thread.submit(self._legs.clear)
 
-    def _next(self) -> None:
-        """Do what is next, if it was not done with what came before. In the compute thread."""
-        with self._lock:
-            if self._is_closed:
-                self._queue.clear()
-            taken = self._queue.take(self._can_join)
-        steps = [(each.job, each.at) for each in taken if isinstance(each.job, StepJob)]
-        if steps and steps[0][0].key != steps[-1][0].key:
-            self._jointly(steps)
-        elif steps:
-            self._steps(steps)
-            if leg := self._legs.get(taken[0].key):
-                leg.look()
-        elif taken:
-            self._legs.forget(taken[0].key)
+    def _add(self, job: StepJob) -> None:
+        """Queue a step in chunks, or its refusal. Holding the lock."""
+        self._returns.came(job.key, time.perf_counter())
+        step = Step(job)
+        refused = self._backlog.refusal(job.key, step.byte_count)
+        if refused is not None:
+            step = Step(replace(job, payload={}))  # what it held is not kept
+            self._queue.add(self._failing(step, Outcome(error=refused[0], fault=refused[1])))
+        else:
+            for chunk in self._cutter.chunks(step):
+                self._queue.add(chunk)
+        self._backlog.add(job.key, step.byte_count)
 
-    def _can_join(self, waiting: _Submitted) -> bool:
-        """Whether a leg's next step, one that decodes, may run with those of others."""
-        leg, job = self._legs.get(waiting.key), waiting.job
-        if leg is None or not isinstance(job, StepJob):
-            return False
-        return leg.can_join((job.first, job.stop), job.start)
+    def _failing(self, step: Step, outcome: Outcome) -> Errand:
+        return Errand(step.job.key, partial(self._finish, step, outcome))
 
-    def _steps(self, taken: Sequence[_Taken]) -> None:
-        """Run steps of one leg that follow each other in one pass and tell what came of them."""
-        started = time.perf_counter()
-        outputs: list[dict[str, RawTensor]] = [{} for _ in taken]
-        error, fault = None, False
+    def _freed(self, waiting: Chunk | Errand) -> Chunk | Errand | None:
+        """What becomes of what waits of a leg that is freed."""
+        if isinstance(waiting, Errand):
+            return waiting
+        return self._failing(waiting.step, _FREED) if waiting.is_last else None
+
+    def _work(self) -> None:
+        """Run the errands that are next, and one pass. In the compute thread."""
         try:
-            outputs = self._computed([job for job, _ in taken])
-        except StepError as refused:
-            if len(taken) > 1:  # nothing was computed: each shall answer for itself
-                for one in taken:
-                    self._steps([one])
+            taken = self._taken()
+            while taken and isinstance(taken[0], Errand):
+                taken[0].work()
+                taken = self._taken()
+            chunks = [each for each in taken if isinstance(each, Chunk)]
+            if chunks and chunks[0].key != chunks[-1].key:
+                self._jointly(chunks)
+            elif chunks:
+                self._run(chunks)
+        finally:
+            with self._lock:  # other executors of the thread have their turn before the next pass
+                self._is_at_work = len(self._queue) + len(self._forks) > 0
+                if self._is_at_work:
+                    self._thread.submit(self._work)
+
+    def _taken(self) -> list[Chunk | Errand]:
+        while True:
+            with self._lock:
+                self._await_others()
+                if self._is_closed:
+                    self._queue.clear()
+                    self._forks.clear()
+                forks = list(self._forks)
+                self._forks.clear()
+                if not forks:
+                    return self._queue.take(self._can_join)
+            # before whatever was submitted after them: a donor may be freed, or rolled back
+            for job in forks:
+                self._fork(job)
+
+    def _await_others(self) -> None:
+        """Before a joint pass, wait for those that are about to come. Holding the lock."""
+        end = None
+        while 0 < self._queue.ready(self._can_join) < self._most_joint:
+            now = time.perf_counter()
+            left = self._returns.worth_waiting(now, self._decode_seconds)
+            end = now + left if end is None else end  # whoever comes, it gets no later
+            if min(left, end - now) <= 0:
                 return
-            error, fault = str(refused), True
-        except Exception as failed:  # whatever a family's code raises belongs to these steps alone
-            logger.exception("steps from %s of %s failed", taken[0][0].serial, taken[0][0].key)
-            error = _told(failed)
-        seconds = time.perf_counter() - started
-        run = None if error else self._pass_of([job for job, _ in taken], seconds)
-        for (job, submitted), output in zip(taken, outputs, strict=True):
-            self._tell(job, output, seconds / len(taken), started - submitted, run, error, fault)
-            run = None
+            self._lock.wait(min(left, end - now))
 
-    def _jointly(self, taken: Sequence[_Taken]) -> None:
-        """Run one decode step of each of several legs in one pass and tell what came of them."""
-        started = time.perf_counter()
-        jobs = [job for job, _ in taken]
-        part = self._legs[jobs[0].key].part
-        if len(taken) == 1 or not part.joins:
-            for one in taken:
-                self._steps([one])
-            return
-        saved = [Savepoint(self._legs[job.key].cache) for job in jobs]
-        outcomes: list[_Outcome] | None = None
+    def _fork(self, job: ForkJob) -> None:
         try:
-            outcomes = self._computed_jointly(jobs)
-        except StepError:
-            pass  # nothing was computed; whose fault it is shows below
-        except Exception as failed:  # as above; alone, these steps may well succeed
-            logger.exception("a joint pass of %s legs failed", len(jobs))
+            self._legs.fork(job.key, job.of, job.length)
+        except (BlocksError, StepError) as failed:  # the donor has failed since it was asked for
+            logger.warning("no fork of %s: %s", job.of, failed)
+            self._done.append(failed_fork(job.key, str(failed)))
+            self._bell.ring()
+
+    def _can_join(self, waiting: Chunk | Errand) -> bool:
+        """Whether a leg's next step, one that decodes, may run with those of others."""
+        leg = self._legs.get(waiting.key)
+        if leg is None or isinstance(waiting, Errand):
+            return False
+        job = waiting.step.job
+        return leg.can_join((job.first, job.stop), job.start, layout(job.payload))
+
+    def _run(self, chunks: Sequence[Chunk]) -> None:
+        """Run chunks of one leg that follow each other in one pass and tell what came of them."""
+        chunks = [chunk for chunk in chunks if not chunk.step.is_over]  # an earlier chunk failed
+        if not chunks:
+            return
+        started, run = time.perf_counter(), None
+        try:
+            outcomes = run_alone(self._legs, chunks)
+            run = pass_of(self._legs, chunks, time.perf_counter() - started)
+            self._legs[chunks[0].key].look(layout(chunks[0].step.job.payload))
+        except StepError as refused:
+            if len(chunks) > 1:  # nothing was computed: each shall answer for itself
+                for one in chunks:
+                    self._run([one])
+                return
+            undo(self._legs, chunks[0])
+            outcomes = [Outcome(error=str(refused), fault=True)]
+        except Exception as failed:  # whatever a family's code raises belongs to these steps alone
+            job = chunks[0].step.job
+            logger.exception("steps from %s of %s failed", job.serial, job.key)
+            outcomes = [Outcome(error=told(failed)) for _ in chunks]
+        self._tell(chunks, outcomes, time.perf_counter() - started, run)
+
+    def _jointly(self, chunks: Sequence[Chunk]) -> None:
+        """Run one decode step of each of several legs in one pass and tell what came of them."""
+        parts = {id(leg.part): leg.part for leg in (self._legs[chunk.key] for chunk in chunks)}
+        if len(chunks) == 1 or not all(part.joins for part in parts.values()):
+            for chunk in chunks:
+                self._run([chunk])
+            return
+        saved = [Savepoint(self._legs[chunk.key].cache) for chunk in chunks]
+        started = time.perf_counter()
+        try:
+            outcomes = run_jointly(self._legs, chunks)
+        except Exception as failed:  # whose fault it is shows below: alone, most may well succeed
+            if not isinstance(failed, StepError):
+                logger.exception("a joint pass of %s legs failed", len(chunks))
             if isinstance(failed, BlocksError):
-                part.joins = False  # the family cannot, after all
-        if outcomes is None:
+                for part in parts.values():
+                    part.look_again()  # the family cannot, after all
             for point in saved:
                 point.restore()
-            half = len(taken) // 2
-            self._jointly(taken[:half])
-            self._jointly(taken[half:])
+            half = len(chunks) // 2
+            self._jointly(chunks[:half])
+            self._jointly(chunks[half:])
             return
         seconds = time.perf_counter() - started
-        blocks, has_head = part.stack.stop - part.stack.start, _asks_candidates(jobs[0], part.stack)
-        run: Pass | None = Pass(len(jobs), blocks, has_head, seconds)
-        for (job, submitted), (output, error) in zip(taken, outcomes, strict=True):
-            self._tell(job, output, seconds / len(jobs), started - submitted, run, error, False)
-            run = None
+        self._tell(chunks, outcomes, seconds, pass_of(self._legs, chunks, seconds))
 
     def _tell(
-        self,
-        job: StepJob,
-        output: dict[str, RawTensor],
-        seconds: float,
-        waited: float,
-        run: Pass | None,
-        error: str | None,
-        fault: bool,
+        self, chunks: Sequence[Chunk], outcomes: Sequence[Outcome], seconds: float, run: Pass | None
     ) -> None:
-        leg = self._legs.get(job.key)
+        """Note a pass, and tell what came of the steps that end with it."""
+        if chunks[0].shape.is_decode:
+            self._decode_seconds = seconds
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            chunk.step.was_in(seconds, len(chunks), run)
+            run = None  # the first tells of it
+            if outcome.error is not None or chunk.is_last:
+                self._finish(chunk.step, outcome)
+
+    def _finish(self, step: Step, outcome: Outcome) -> None:
+        """Tell what came of a step, once: it may fail as its leg is freed."""
+        if step.is_over:
+            return
+        job, leg = step.job, self._legs.get(step.job.key)
+        step.is_over = True
+        with self._lock:
+            self._backlog.remove(job.key, step.byte_count)
+            self._returns.went(job.key, time.perf_counter())
         done = Done(
             key=job.key,
             serial=job.serial,
-            output=output,
-            seconds=seconds,
-            waited=waited,
+            output=outcome.output,
+            seconds=step.seconds,
+            waited=step.waited,
             length=leg.cache.length if leg else 0,
             cache_bytes=0 if leg is None or job.release else leg.cache.byte_count,
-            run=run,
-            error=error,
-            fault=fault,
+            shortest_fork=leg.shortest_fork if leg else None,
+            run=step.run,
+            error=outcome.error,
+            fault=outcome.fault,
         )
         if job.release or done.length == 0:  # a leg that holds nothing is not kept
-            self._legs.forget(job.key)
+            self._forget(job.key)
         self._done.append(done)
         self._bell.ring()
 
-    def _pass_of(self, jobs: Sequence[StepJob], seconds: float) -> Pass:
-        leg, first = self._legs[jobs[0].key], jobs[0]
-        positions = leg.cache.length - first.start
-        has_head = _asks_candidates(first, leg.stack)
-        return Pass(positions, first.stop - first.first, has_head, seconds)
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
-    def _computed(self, jobs: Sequence[StepJob]) -> list[dict[str, RawTensor]]:
-        """What each step comes to, in one pass. StepError, and nothing is changed but for a
-        rollback, if any cannot be computed as sent.
-        """
-        first = jobs[0]
-        leg = self._legs.opened(first.key, (first.first, first.stop))
-        stack = leg.stack
-        inputs, mask, sides = as_one([tensors(job.payload, stack.needs) for job in jobs])
-        asks = _asks_candidates(first, stack)
-        if asks and len(inputs) != 1:
-            raise StepError(f"candidates are for one row, not for {len(inputs)}")
-        _check_wishes(jobs, stack)
-        if leg.cache.is_torn or first.start < leg.cache.length:
-            leg.cache.rollback(first.start)
-        of_last = len(jobs) == 1 and first.outputs == "last"
-        values = stack.run(
-            inputs,
-            cache=leg.cache,
-            start=first.start,
-            mask=mask,
-            logits_for=(1 if of_last else 0) if asks else None,
-            sides=sides,
-        )
-        if len(jobs) == 1:
-            return [_output(first, stack, values, sides)]
-        ends = [job.start - first.start + extent(job.payload)[1] for job in jobs]
-        parts = [slice(job.start - first.start, end) for job, end in zip(jobs, ends, strict=True)]
-        return [
-            _output(job, stack, values[:, part], {name: of[:, part] for name, of in sides.items()})
-            for job, part in zip(jobs, parts, strict=True)
-        ]
-
-    @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
-    def _computed_jointly(self, jobs: Sequence[StepJob]) -> list[_Outcome]:
-        """What each step comes to, or why it fails though the pass did not.
-
-        StepError, and nothing is changed, if any cannot be computed as sent. After any other error
-        the caches are torn.
-        """
-        legs = [self._legs[job.key] for job in jobs]
-        stack = legs[0].stack
-        _check_wishes(jobs, stack)
-        parts = [tensors(job.payload, stack.needs) for job in jobs]
-        sides = [beside for _, _, beside in parts]
-        values = stack.run_joined(
-            [inputs for inputs, _, _ in parts],
-            [leg.cache for leg in legs],
-            logits_for=1 if _asks_candidates(jobs[0], stack) else None,
-            sides=sides,
-        )
-        outcomes: list[_Outcome] = []
-        for job, row, beside in zip(jobs, values.split(1), sides, strict=True):
-            try:
-                outcomes.append((_output(job, stack, row, beside), None))
-            except Exception as failed:  # such as what is no number: it is in this row alone
-                logger.exception("step %s of %s failed", job.serial, job.key)
-                outcomes.append(({}, _told(failed)))
-        return outcomes
-
-
-def _asks_candidates(job: StepJob, stack: Stack) -> bool:
-    return stack.holds_head and job.outputs != "none" and job.candidates is not None
-
-
-def _check_wishes(jobs: Sequence[StepJob], stack: Stack) -> None:
-    """StepError for a wish that cannot be met, before anything is computed."""
-    for job in jobs:
-        if _asks_candidates(job, stack) and job.candidates is not None:
-            candidates(torch.empty(0, stack.vocabulary_size), job.candidates)  # of no position
-
-
-def _told(failed: Exception) -> str:
-    return f"{type(failed).__name__}: {failed}"
-
-
-def _output(job: StepJob, stack: Stack, values: torch.Tensor, sides: Sides) -> dict[str, RawTensor]:
-    """What a step gives on: `values` are logits if it asks for candidates, else hidden states."""
-    if stack.holds_head and job.outputs == "none":
-        return {}
-    if stack.holds_head and job.outputs == "last":
-        values = values[:, -1:]
-    if _asks_candidates(job, stack) and job.candidates is not None:
-        found = candidates(values[0], job.candidates)
-        return {name: to_raw(value) for name, value in found.items()}
-    return {name: to_raw(value) for name, value in {"hidden": values, **sides}.items()}
-
-
-def _shape_of(job: StepJob) -> Shape | None:
-    """What the step can share a pass with; None for one that has it to itself."""
-    rows, positions = extent(job.payload)
-    if job.release or "mask" in job.payload or not positions:
-        return None
-    kind = (job.first, job.stop, job.outputs, job.candidates is None, *layout(job.payload))
-    return Shape(job.start, positions, kind, is_decode=(rows, positions) == (1, 1))
+    def _forget(self, key: Hashable) -> None:
+        """Free a leg."""
+        self._legs.forget(key)
+        with self._lock:
+            self._returns.forget(key)

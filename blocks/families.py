@@ -262,8 +262,8 @@ def _run_joined(
     sides: list[dict[str, torch.Tensor]] = [{} for _ in values]
     for number, stack in enumerate(stacks):
         own = [session[number] for session in caches]
-        wanted = 1 if stack.holds_head else None
-        values = stack.run_joined(values, own, logits_for=wanted, sides=sides).split(1)
+        wanted = [stack.holds_head] * len(own)
+        values = stack.run_joined(values, own, wants_logits=wanted, sides=sides)
     return torch.cat(list(values))
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,10 +20,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from blocks.attention import Rows, base_of, configs_of
 from blocks.carve import Skip, anatomy
 from blocks.checkpoint import context_length
 from blocks.errors import BlocksError
 from blocks.sides import Exchange, Sides, plan_sides
+
+
+class Output(NamedTuple):
+    """What a forward gives: hidden states [B, S, ...] after its last block, before any norm, and
+    float32 logits [B, n, vocabulary] if they were wanted.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None = None
+
+    @property
+    def asked(self) -> torch.Tensor:
+        """The logits if they were wanted, else the hidden states."""
+        return self.hidden if self.logits is None else self.logits
 
 
 class Carved:
@@ -63,6 +78,18 @@ class Carved:
         )
         self.device: torch.device = next(chain(layer.parameters(), layer.buffers())).device
         self.sides = plan_sides(self.parts, model, self.device)
+        self._configs = configs_of(model)
+        self._attention = base_of(self._configs)
+        self.tried: dict[tuple[object, ...], bool] = {}  # kind of block -> attends by rows
+
+    def attention(self, *, is_joint: bool) -> Rows | None:
+        """Attention by rows for one step, None where the family cannot attend so.
+
+        On a GPU a kernel for each row costs more than padding.
+        """
+        if self._attention is None or self.device.type != "cpu":
+            return None
+        return Rows(self._attention, self._configs, is_joint)
 
     def forward(
         self,
@@ -73,16 +100,17 @@ class Carved:
         cache: DynamicCache | None = None,
         wanted: int | None = None,
         sides: Sides | None = None,
-    ) -> torch.Tensor:
+    ) -> Output:
         """Run the blocks of `span` on ids [B, S] or hidden states [B, S, ...].
 
         `shared` are the arguments of the family's forward beside these; those it does not know are
         left out, but for the cache (None: none is kept), without which the past would be lost.
         `sides` came with hidden states, and holds what later blocks need afterwards.
-        Returns hidden states, or with `wanted` float32 logits of the last positions.
+        With `wanted` there are logits of so many last positions.
         """
         shared = {**shared, **self._cache_arguments(cache), "return_dict": True}
         captured: list[torch.Tensor] = []
+        logits: torch.Tensor | None = None
         sides = {} if sides is None else sides
         tokens = inputs.shape[1]
         is_hidden = inputs.is_floating_point()
@@ -96,8 +124,8 @@ class Carved:
                 undo.enter_context(exchange.attached())
             if is_hidden:
                 undo.enter_context(self._injecting(span.start, inputs))
+            undo.enter_context(self._capturing(span.stop - 1, captured))
             if wanted is None:
-                undo.enter_context(self._capturing(span.stop - 1, captured))
                 self.parts.inner(**_only(shared, self.inner_takes))
             else:
                 shared["logits_to_keep"] = wanted
@@ -107,11 +135,11 @@ class Carved:
                         tokens - wanted, tokens, device=self.device
                     )
                 logits = self.model(**_only(shared, self.whole_takes)).logits
-                captured.append(logits[:, -wanted:].float())  # some know no logits_to_keep
+                logits = logits[:, -wanted:].float()  # some know no logits_to_keep
         given = exchange.finish()
         sides.clear()
         sides.update(given)
-        return captured.pop()
+        return Output(captured.pop(), logits)
 
     def _hidden_arguments(self, hidden: torch.Tensor) -> dict[str, Any]:
         """What the family's forward starts from where hidden states will take its place."""

@@ -1,7 +1,8 @@
 """Decode steps of several sessions as one batch: rows are sessions, each with a past of its own.
 
 1. Each session's cache stores what it would have stored alone; the joined cache stores nothing
-   past its step. Keys and values are padded on the left as they are read.
+   past its step. Keys and values are padded on the left as they are read, unless attention takes
+   them by rows (`blocks.attention`).
 2. Models write into recurrent states in place: these are stacked once for the step and copied back
    by `commit`, so a step that breaks half way leaves the sessions torn, as it does alone.
 3. Only kinds of layers that are known here join. A layer with a state of its own would be read for
@@ -26,6 +27,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from blocks.attention import Rows
 from blocks.cache import UNREGISTERED, StackCache, kind_of
 
 _KNOWN = frozenset(
@@ -53,18 +55,27 @@ def why_not_joined(cache: StackCache) -> str | None:
 class JoinedCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
     """The caches of several sessions, one row and one past each, for one step of one position.
 
-    `position_ids` [N, 1] and `mask` [N, longest + 1] belong to the step; `mask` is None where no
-    row is padded, or no layer would look at it.
+    `ghosts` is a cache of the blocks that the step runs through, which all these caches hold; what
+    it stores does not matter, its length becomes the longest. `position_ids` [N, 1] and `mask`
+    [N, longest + 1] belong to the step; `mask` is None where no row is padded, or no layer would
+    look at it. With `rows`, nothing is padded: the new keys stand for all, and `rows` knows whose.
     """
 
-    def __init__(self, caches: Sequence[StackCache], device: torch.device) -> None:
+    def __init__(
+        self,
+        caches: Sequence[StackCache],
+        ghosts: StackCache,
+        device: torch.device,
+        rows: Rows | None = None,
+    ) -> None:
         lengths = torch.tensor([cache.length for cache in caches], device=device)
         longest = int(lengths.argmax())
+        ghosts.advance(caches[longest].length - ghosts.length)
         layers = [
-            _joined([cache.layers[number] for cache in caches], longest)
-            if number in caches[0].numbers
+            _joined([cache.layers[number] for cache in caches], longest, rows)
+            if number in ghosts.numbers
             else ghost
-            for number, ghost in enumerate(caches[longest].layers)
+            for number, ghost in enumerate(ghosts.layers)
         ]
         Cache.__init__(self, layers=layers)
         self.position_ids = lengths[:, None]
@@ -73,7 +84,7 @@ class JoinedCache(DynamicCache):  # type: ignore[misc]  # transformers is not fo
         attends = any(isinstance(layer, DynamicLayer) for layer in self.layers)
         # purely recurrent families take the first columns of a mask for those of the new tokens
         self.mask: torch.Tensor | None = None
-        if is_padded and attends:
+        if is_padded and attends and rows is None:
             places = torch.arange(most + 1, device=device)
             self.mask = (places >= most - lengths[:, None]).long()
 
@@ -90,6 +101,7 @@ class _Joined:
     rows: Sequence[Any]  # the sessions' own layers
     longest: int
     stacked: dict[str, dict[int, torch.Tensor | None]]
+    apart: Rows | None  # who attends to them, if not all together
 
     def states(self, name: str) -> dict[int, torch.Tensor | None]:
         """The recurrent states of that name, stacked at the first call."""
@@ -110,7 +122,7 @@ class _Joined:
                         getattr(row, name)[index].copy_(state[number : number + 1])
 
 
-def _joined(rows: list[Any], longest: int) -> Any:
+def _joined(rows: list[Any], longest: int, apart: Rows | None) -> Any:
     """One layer for the rows of a batch. It has the first row's settings and nothing it stores."""
     if isinstance(rows[0], DummyLayer):
         return rows[0]
@@ -120,7 +132,7 @@ def _joined(rows: list[Any], longest: int) -> Any:
     for name, value in vars(rows[0]).items():
         if name not in own and not torch.is_tensor(value):
             setattr(layer, name, value)
-    layer.rows, layer.longest, layer.stacked = rows, longest, {}
+    layer.rows, layer.longest, layer.stacked, layer.apart = rows, longest, {}, apart
     return layer
 
 
@@ -156,13 +168,18 @@ def _of_longest(name: str) -> Callable[..., Any]:
 def _update(
     self: Any, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append each row to its session; all keys and values, padded on the left to the longest."""
+    """Append each row to its session; all keys and values, padded on the left to the longest, or
+    the new ones where rows are attended to apart.
+    """
     pairs = [
         row.update(key, value, *args, **kwargs)
         for row, key, value in zip(
             self.rows, key_states.split(1), value_states.split(1), strict=True
         )
     ]
+    if self.apart is not None:
+        self.apart.keep(key_states, value_states, pairs)
+        return key_states, value_states
     return _padded([keys for keys, _ in pairs]), _padded([values for _, values in pairs])
 
 

@@ -5,11 +5,13 @@
    then their layers show whether they keep a state of their own.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
 from blocks.cache import StackCache
-from blocks.errors import StepError
+from blocks.errors import BlocksError, StepError
 from blocks.stack import Stack
 
 
@@ -19,14 +21,21 @@ class Part:
 
     stack: Stack
     joins: bool | None = None  # None as long as nobody has looked
+    forks: bool = False  # caches hold all there is to a session; as long as nobody looked, False
+
+    def look_again(self) -> None:
+        """Note whether sessions of these blocks can join, whatever was seen before."""
+        self.joins = self.stack.why_not_joined is None
+        self.forks = not self.stack.keeps_state
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Leg:
-    """A session's past in its blocks."""
+    """A session's past in its blocks. `layout`: of the payload that it took last."""
 
     part: Part
     cache: StackCache
+    layout: Sequence[Hashable] | None = None
 
     @property
     def stack(self) -> Stack:
@@ -38,23 +47,30 @@ class Leg:
         """The first of its blocks, and the one after the last."""
         return self.stack.start, self.stack.stop
 
-    def look(self) -> None:
-        """Note whether sessions of its blocks can join. A step has run through them."""
-        if self.part.joins is None:
-            self.part.joins = self.stack.why_not_joined is None
+    @property
+    def shortest_fork(self) -> int | None:
+        """The least length at which another may begin with its past, None if none can."""
+        return self.cache.shortest_fork if self.part.forks else None
 
-    def can_join(self, span: tuple[int, int], start: int) -> bool:
+    def look(self, layout: Sequence[Hashable]) -> None:
+        """Note whether sessions of its blocks can join. A step of that layout has run."""
+        self.layout = layout
+        if self.part.joins is None:
+            self.part.look_again()
+
+    def can_join(self, span: tuple[int, int], start: int, layout: Sequence[Hashable]) -> bool:
         """Return whether a step from `start` on is the next, and may run with other legs'."""
         cache = self.cache
         is_next = not cache.is_torn and cache.length == start and cache.rows == 1
-        return is_next and self.span == span and bool(self.part.joins)
+        is_alike = self.span == span and self.layout == layout
+        return is_next and is_alike and bool(self.part.joins)
 
 
 class Legs:
     """The legs by their keys. Not safe between threads."""
 
     def __init__(self, stack: Stack) -> None:
-        self._stack = stack
+        self.stack = stack
         self._legs: dict[Hashable, Leg] = {}
         self._parts: dict[tuple[int, int], Part] = {}  # no more than the stack has spans
 
@@ -73,13 +89,20 @@ class Legs:
         """The leg, begun now if need be. StepError if its blocks are not held, or are others."""
         leg = self._legs.get(key)
         if leg is None:
-            part = self._parts.get(span) or Part(self._stack.part(*span))
+            part = self._parts.get(span) or Part(self.stack.part(*span))
             self._parts[span] = part
             leg = self._legs[key] = Leg(part, part.stack.new_cache())
         elif leg.span != span:
             began, stop = leg.span
             raise StepError(f"a leg of blocks {began}:{stop} cannot go on with {span[0]}:{span[1]}")
         return leg
+
+    def fork(self, key: Hashable, of: Hashable, length: int) -> None:
+        """Begin a leg with the first positions of another. BlocksError if that is not possible."""
+        donor = self._legs.get(of)
+        if donor is None or donor.shortest_fork is None or key in self._legs:
+            raise BlocksError(f"{key} cannot begin with what {of} holds")
+        self._legs[key] = Leg(donor.part, donor.cache.fork(length), donor.layout)
 
     def forget(self, key: Hashable) -> None:
         """Free the leg; unknown ones are none's fault."""
@@ -88,3 +111,9 @@ class Legs:
     def clear(self) -> None:
         """Free all."""
         self._legs.clear()
+
+
+def is_recurrent(stack: Stack) -> bool:
+    """True if some of the stack's layers hold a state instead of a past that can be masked."""
+    held = stack.new_cache().held
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in held)

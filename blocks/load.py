@@ -29,6 +29,7 @@ from blocks.checkpoint import Checkpoint, open_shard
 from blocks.errors import BlocksError, CheckpointError
 from blocks.formats import Kind, is_nf4_fast
 from blocks.needed import needed_shards
+from blocks.packed import pack
 from blocks.quantize import Quant, held_parts, hold
 from blocks.quantizer import QuantConfig, span_targets
 from blocks.saved import BUDGET_BYTES, SAFETENSORS_NAMES, SavedCopies, copy_key
@@ -132,14 +133,16 @@ def load_stack(
     saved: Path | None = None,
     saved_budget_bytes: int = BUDGET_BYTES,
     progress: Progress | None = None,
+    packs: bool = True,
 ) -> Stack:
     """Return blocks `start:stop` with the ends that belong to them, frozen and ready to run.
 
     `dtype` is what the stack computes in, quantized or not. A quantized span is kept as a copy in
     the folder `saved`, if given, and taken from there the next time; all copies together take no
     more than `saved_budget_bytes`. `progress` gets (values read, values in all), from threads of
-    the loader but never from two at once. On a CPU without a change of dtype the weights stay pages
-    of the files, also of the copies: leave those be. Raises CheckpointError naming the tensor that
+    the loader but never from two at once. On a CPU large unquantized matrices are packed if it
+    `packs` (see `blocks.packed`); other weights, where their dtype is the files', stay pages of the
+    files, also of the copies: leave those be. Raises CheckpointError naming the tensor that
     is missing, has another shape or is NaN, MemoryError if shards cannot be mapped, ValueError for
     blocks that the model does not have.
     """
@@ -153,7 +156,10 @@ def load_stack(
     else:
         copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
         model = span.load_quantized(quant, copies)
-    return Stack.of(model.requires_grad_(False).to(device), start, stop)
+    stack = Stack.of(model.requires_grad_(False).to(device), start, stop)
+    if packs and quant == "none":
+        pack(model)
+    return stack
 
 
 class _Span:

@@ -5,11 +5,9 @@
    stack takes, up to small tensors that a family keeps in float32.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -19,6 +17,7 @@ from blocks.cache import StackCache
 from blocks.carve import causal_class, find_layers, is_tied, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.load import Dtype, resolve_dtype
+from blocks.memory import free_memory_bytes as free_memory_bytes
 from blocks.quantize import Quant
 from blocks.quantizer import layer_targets
 from blocks.stack import Stack
@@ -26,8 +25,6 @@ from blocks.stack import Stack
 # A typical short conversation, and a chunk that keeps a CPU's matrix units busy.
 _PAST_TOKENS = 64
 _PREFILL_TOKENS = 128
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,29 +121,6 @@ def plan_bytes(
         other_bytes=taken(model) - taken(layers, embedding, head),
         is_tied=is_tied(model),
     )
-
-
-def free_memory_bytes(device: str) -> int:
-    """Memory that a new process could take on the device, a container's limit respected."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = _available_bytes()
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
-        return max(min(free, limit - int((_CGROUP / "memory.current").read_text())), 0)
-    except (OSError, ValueError):
-        return free
-
-
-def _available_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    # no such file outside Linux; half of all memory is then a cautious guess
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 class _Sample:

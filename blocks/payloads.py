@@ -49,3 +49,23 @@ def as_one(parts: Sequence[Tensors]) -> Tensors:
         return parts[0]
     sides = {name: torch.cat([beside[name] for _, _, beside in parts], 1) for name in parts[0][2]}
     return torch.cat([inputs for inputs, _, _ in parts], 1), None, sides
+
+
+def cut(whole: Tensors, offset: int, positions: int, start: int) -> Tensors:
+    """So many positions from `offset` on of a step from `start` on. StepError if they differ.
+
+    The mask is cut to the past of these, the step's own positions before them included.
+    """
+    inputs, mask, sides = whole
+    extents = {tuple(one.shape[:2]) for one in (inputs, *sides.values())}
+    if len(extents) > 1:
+        raise StepError(f"the parts of a payload have one number of positions, not {extents}")
+    past = start + inputs.shape[1]
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != past):
+        raise StepError(f"a mask of {past} positions cannot have shape {tuple(mask.shape)}")
+    end = offset + positions
+    return (
+        inputs[:, offset:end],
+        None if mask is None else mask[:, : start + end],
+        {name: side[:, offset:end] for name, side in sides.items()},
+    )

@@ -8,14 +8,18 @@
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from transformers import PreTrainedModel
 
+from blocks.apart import attends_apart
+from blocks.attention import Rows
 from blocks.cache import StackCache
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
-from blocks.join import JoinedCache, why_not_joined
+from blocks.join import why_not_joined
+from blocks.joint import Row, run_rows
 from blocks.sides import Sides, check_sides, sample_sides
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -32,7 +36,10 @@ class Stack:
         self._carved = carved
         self.start, self.stop = start, stop
         self._span = range(start, stop)
-        self._may_join = False
+        self._may_join: bool | None = None
+        self._is_apart: bool | None = None
+        self._unowned: StackCache | None = None
+        self._parts: dict[tuple[int, int], Stack] = {}  # no more than there are spans within
         self.blocks = len(carved.parts.layers)
         self.holds_embedding = start == 0
         self.holds_head = stop == self.blocks
@@ -50,7 +57,9 @@ class Stack:
         """A stack of some of these blocks that shares their weights. StepError if not held."""
         if not self.start <= start < stop <= self.stop:
             raise StepError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
-        return Stack(self._carved, start, stop)
+        if (start, stop) not in self._parts:
+            self._parts[start, stop] = Stack(self._carved, start, stop)
+        return self._parts[start, stop]
 
     def new_cache(self) -> StackCache:
         """An empty cache for one session in these blocks."""
@@ -99,7 +108,8 @@ class Stack:
         wanted = tokens if logits_for == 0 else logits_for
         if cache is not None:
             cache.begin(rows)
-        with torch.inference_mode():
+        alone = self._apart_alone(cache, tokens, mask)
+        with torch.inference_mode(), alone.attached() if alone else nullcontext():
             shared = {
                 "position_ids": self._positions(mask, start, tokens, rows),
                 "attention_mask": mask,
@@ -111,7 +121,7 @@ class Stack:
                 cache=cache,
                 wanted=wanted,
                 sides=beside,
-            )
+            ).asked
         if cache is not None:
             cache.advance(tokens)
         if sides is not None:
@@ -124,74 +134,111 @@ class Stack:
         inputs: Sequence[torch.Tensor],
         caches: Sequence[StackCache],
         *,
-        logits_for: int | None = None,
+        wants_logits: Sequence[bool] = (),
         sides: Sequence[Sides] = (),
-    ) -> torch.Tensor:
-        """Run the next position of several sessions as one batch, rows in their order.
+    ) -> list[torch.Tensor]:
+        """Run the next position of several sessions as one batch, each through its cache's blocks.
 
-        `inputs`: one position of one row each, all ids or all hidden states as in `run`, without
-        padding; each cache has a past. Returns hidden states [N, 1, ...], or float32 logits
-        [N, 1, vocabulary] with `logits_for` (0 or 1). In float32 what each row would get alone,
-        but for the rounding of larger products. `sides`, one for each session, are as in `run`. One
-        session alone runs as in `run`.
+        `inputs`: one position of one row each, ids or hidden states as in `run`, without padding,
+        into the first block of its cache; each cache has a past and holds blocks of this stack.
+        Returns in their order hidden states [1, 1, ...] after the last block of the cache, or, for
+        each session that `wants_logits`, float32 logits [1, 1, vocabulary]. In float32 what each
+        would get alone, but for the rounding of larger products. `sides`, one for each session,
+        are as in `run`. One session alone runs as in `run`.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent, and
-        BlocksError where `why_not_joined` says why.
+        BlocksError where `why_not_joined` of a session's blocks says why. After any other error
+        all these caches are torn.
         """
+        wishes = wants_logits or [False] * len(inputs)
         beside = sides or [{} for _ in inputs]
+        parts = [self.part(cache.start, cache.stop) for cache in caches]
         if len(inputs) == 1:
-            (one,), (cache,), (side,) = inputs, caches, beside
-            return self.run(one, cache=cache, start=cache.length, logits_for=logits_for, sides=side)
-        checked = self._checked_sessions(inputs, caches, logits_for, beside)
-        for cache in caches:
-            cache.begin(1)
-        with torch.inference_mode():
-            joined = JoinedCache(caches, self.device)
-            shared = {"position_ids": joined.position_ids, "attention_mask": joined.mask}
-            stacked = {name: torch.cat([side[name] for side in checked]) for name in checked[0]}
-            output = self._carved.forward(
-                self._span,
-                torch.cat([self._placed(one) for one in inputs]),
-                shared,
-                cache=joined,
-                wanted=None if logits_for is None else 1,
-                sides=stacked,
-            )
-            joined.commit()
-        for number, (cache, side) in enumerate(zip(caches, beside, strict=True)):
-            cache.advance(1)
-            side.clear()
-            side.update({name: rows[number : number + 1] for name, rows in stacked.items()})
-        return output
-
-    def _checked_sessions(
-        self,
-        inputs: Sequence[torch.Tensor],
-        caches: Sequence[StackCache],
-        logits_for: int | None,
-        sides: Sequence[Sides],
-    ) -> list[Sides]:
-        """What these blocks need of the sides of sessions that can join, or why they cannot."""
-        checked: list[Sides] = []
-        for one, cache, side in zip(inputs, caches, sides, strict=True):
-            self._check(one, cache, cache.length, logits_for)
-            if one.shape[:2] != (1, 1) or not cache.length:
-                raise StepError("sessions join with one position of one row, and with a past")
-            checked.append(self._checked_sides(one, side, cache.length))
+            (one,), (cache,), (side,), (part,) = inputs, caches, beside, parts
+            wanted = 1 if wishes[0] else None
+            return [part.run(one, cache=cache, start=cache.length, logits_for=wanted, sides=side)]
         if len({id(cache) for cache in caches}) < len(caches):
             raise StepError("a session can take one step at a time")
-        if len({(one.is_floating_point(), one.shape[2:]) for one in inputs}) > 1:
-            raise StepError("a joined step takes either ids or hidden states of one shape")
-        if not self._may_join:  # looked at once: the answer needs a step that has run
-            if (reason := self.why_not_joined) is not None:
-                raise BlocksError(reason)
-            self._may_join = True
-        return checked
+        rows = [
+            part._row(one, cache, wish, side)
+            for part, one, cache, wish, side in zip(
+                parts, inputs, caches, wishes, beside, strict=True
+            )
+        ]
+        for part in parts:
+            part._check_joins()
+        with torch.inference_mode():
+            run_rows(self._carved, rows, self._ghosts, self._by_rows)
+        for row, side in zip(rows, beside, strict=True):
+            side.clear()
+            side.update(row.sides)
+        return [row.values for row in rows]
+
+    def _row(self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides) -> Row:
+        """A session's next position, checked and placed."""
+        self._check(one, cache, cache.length, 1 if wants_logits else None)
+        if one.shape[:2] != (1, 1) or not cache.length:
+            raise StepError("sessions join with one position of one row, and with a past")
+        if cache.is_torn:
+            raise BlocksError("an earlier step failed half way, so this cache can only start anew")
+        checked = self._checked_sides(one, sides, cache.length)
+        return Row(cache, self._placed(one), checked, wants_logits)
+
+    def _check_joins(self) -> None:
+        """BlocksError if sessions of these blocks cannot share a batch. A step has run in them."""
+        if not self._joins:
+            raise BlocksError(self.why_not_joined)
+
+    @property
+    def _joins(self) -> bool:
+        """Can sessions of these blocks share a batch? Looked at once; a step has run in them."""
+        if self._may_join is None:
+            self._may_join = self.why_not_joined is None
+        return self._may_join
+
+    def _by_rows(self, blocks: range) -> Rows | None:
+        """Attention by rows for a joint step of these blocks, None where they cannot have it."""
+        apart = self.part(blocks.start, blocks.stop).joins_by_rows
+        return self._carved.attention(is_joint=True) if apart else None
+
+    def _apart_alone(
+        self, cache: StackCache | None, tokens: int, mask: torch.Tensor | None
+    ) -> Rows | None:
+        """Attention by rows for a session's step by itself, where that is faster."""
+        if tokens != 1 or mask is not None or cache is None or not cache.length:
+            return None
+        alone = self._carved.attention(is_joint=False)
+        if alone is None or not alone.is_faster(self.dtype) or not self._joins:
+            return None
+        return alone if self.joins_by_rows else None
+
+    def _ghosts(self, start: int, stop: int) -> StackCache:
+        """A cache of these blocks that no session has, kept: making one takes milliseconds."""
+        part = self.part(start, stop)
+        if part._unowned is None:
+            part._unowned = part.new_cache()
+        return part._unowned
+
+    @property
+    def keeps_state(self) -> bool:
+        """True if a step has left something in these blocks that is no part of a cache."""
+        return self._carved.keeps_state(self._span)
+
+    @property
+    def joins_by_rows(self) -> bool:
+        """Do joint steps of these blocks pad nothing? Tried once for each kind of block.
+
+        Asked when a step has run in them, and where `why_not_joined` forbids nothing.
+        """
+        if self._is_apart is None:
+            parts = [self.part(block, block + 1) for block in self._span]
+            self._is_apart = all(attends_apart(self._carved, part) for part in parts)
+        return self._is_apart
 
     @property
     def why_not_joined(self) -> str | None:
         """None if sessions of these blocks can share a batch, else why not, in one sentence."""
-        if self._carved.keeps_state(self._span):
+        if self.keeps_state:
             return f"blocks {self.start}:{self.stop} keep a state of their own between steps"
         if self._carved.counts_positions(self._span):
             return "this family counts positions itself, the same for all rows of a batch"
@@ -239,7 +286,7 @@ class Stack:
                 "attention_mask": None if mask is None else mask.clone(),
             }
             beside = {name: self._discrete(name, side).clone() for name, side in beside.items()}
-            output = self._carved.forward(self._span, asked, shared, sides=beside)
+            output = self._carved.forward(self._span, asked, shared, sides=beside).hidden
             for name, side in beside.items():
                 self._discrete(name, side)
             answer: torch.Tensor

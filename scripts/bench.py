@@ -2,6 +2,7 @@
 """Measure what a swarm costs beside its compute: ratios within one run, on this machine.
 
     python scripts/bench.py [--json] [--rounds 7] [--tokens 48] [--layers 10] [--width 4]
+                            [--only chain|users]
 
 The model is the demo's, grown to `layers` blocks of `width` times its hidden size, in float32.
 Servers are processes of their own on loopback with one compute thread each; every round takes each
@@ -10,6 +11,7 @@ way once, in turn, so that a noisy neighbour meets them all. Figures are medians
 overhead_ms_per_hop   (time per token - the stacks' own time) / hops, over two servers
 split_over_single     speed of two servers / speed of one
 split_over_local      speed of two servers / speed of transformers' `generate`, same threads
+users_4, users_16 ...  see `bench_users`: one server in bfloat16, 4 and 16 clients at once
 import_seconds        what a thin client imports, in a fresh process
 status_seconds        `swarm status --json` against a running daemon, the whole command
 """
@@ -28,7 +30,8 @@ from statistics import median
 from typing import Any
 
 import trio
-from processes import ServerProcess, environment, serving, swarm
+from bench_users import users_figures
+from processes import ServerProcess, end, environment, serving, start, swarm, wait_ready
 
 from routing.route import Hop, Route
 from routing.span import Span
@@ -88,9 +91,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--only", choices=("chain", "users"), help="leave the other out")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder:
-        made = measured(Path(folder), asked)
+        made: dict[str, Any] = {} if asked.only == "users" else measured(Path(folder), asked)
+        if asked.only != "chain":
+            made |= measured_users(Path(folder), asked)
     if asked.json:
         print(json.dumps(made))
     else:
@@ -127,10 +133,24 @@ def measured(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def grow(out: Path, layers: int, width: int) -> None:
+def measured_users(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
+    """Run one server and its clients, and return their figures by name."""
+    model, home = folder / "model-bfloat16", folder / "home-users"
+    home.mkdir()
+    grow(model, asked.layers, asked.width, "bfloat16")
+    span = f"0:{asked.layers}"
+    process = start(home, str(model), "--dtype", "bfloat16", "--blocks", span)
+    try:
+        server = wait_ready(process)
+        return trio.run(users_figures, entered, server, model, home, asked.rounds, asked.tokens)
+    finally:
+        end([process])
+
+
+def grow(out: Path, layers: int, width: int, dtype: str = "float32") -> None:
     """Make the model that is measured."""
     script = REPOSITORY / "scripts" / "grow.py"
-    command = [sys.executable, str(script), str(DEMO_FOLDER), str(out), "--dtype", "float32"]
+    command = [sys.executable, str(script), str(DEMO_FOLDER), str(out), "--dtype", dtype]
     subprocess.run(
         [*command, "--layers", str(layers), "--width", str(width)],
         check=True,

@@ -37,6 +37,7 @@ from blocks.carve import causal_class
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.formats import is_nf4_fast
 from blocks.load import has_nan, load_stack
+from blocks.packed import PackedLinear
 from blocks.quantize import Quant, held_parts
 from blocks.saved import checksum
 from blocks.stack import Stack
@@ -85,7 +86,8 @@ def loaded_bytes(stack: Stack) -> int:
     """Bytes of everything that the stack's model holds, each storage once."""
     model = stack._carved.model
     tensors = [*model.parameters(), *held_parts(model).values()]
-    return sum({one.data_ptr(): one.nbytes for one in tensors}.values())
+    packed = sum(one.byte_count for one in model.modules() if isinstance(one, PackedLinear))
+    return packed + sum({one.data_ptr(): one.nbytes for one in tensors}.values())
 
 
 def thread_ms(work: Callable[[], object]) -> float:
@@ -185,7 +187,9 @@ def load_once(folder: str, start: str, stop: str, quant: Any, saved: str) -> Non
     watcher = threading.Thread(target=watch)
     watcher.start()
     span, path = (int(start), int(stop)), Path(saved) if saved else None
-    stack = load_stack(checkpoint, *span, dtype="bfloat16", quant=quant, saved=path)
+    stack = load_stack(
+        checkpoint, *span, dtype="bfloat16", quant=quant, saved=path, packs=False
+    )  # what the loading itself takes: packing puts matrices in the place of pages of files
     done.set()
     watcher.join()
     print(json.dumps({"highest": highest - before, "bytes": loaded_bytes(stack)}))

@@ -11,14 +11,22 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from swarm.messages import Credit, HopTime, Message, Step, Wanted, Wish, payload_bytes
+from swarm.messages import Credit, HopTime, Message, Ready, Step, Wanted, Wish, payload_bytes
 from swarm.wire import DEFAULT_LIMITS, Tensor
 
-# What a link's receiver takes before it has said anything. A 512-token chunk at hidden 8192 in
-# bf16 is 8 MiB: two such chunks keep a hop busy while the next one travels.
+# What may be outstanding on a link at most. A 512-token chunk at hidden 8192 in bf16 is 8 MiB: two
+# such chunks keep a hop busy while the next one travels. What a sender takes for granted on a
+# client's downlink, and took on every link before receivers told their windows.
 FIRST_CREDIT = 16 << 20
-# Credit is given back in pieces of this size, so that a decode step costs no message of its own.
-CREDIT_PIECE = FIRST_CREDIT // 4
+# What a sender takes for granted before its receiver has said Ready, and the narrowest window: all
+# ids of any prompt. Of hidden states the first payload travels whatever its size.
+EARLY_CREDIT = 1 << 20
+# What a step weighs on its link beside its payload: to its receiver a step of one id is hardly
+# lighter than one of a hundred (1280 bytes of memory, measured in `blocks.backlog`).
+STEP_BYTES = 1280
+# Credit is given back in pieces of a quarter, so that a decode step costs no message of its own.
+_PIECES = 4
+CREDIT_PIECE = FIRST_CREDIT // _PIECES
 
 Payload = dict[str, Tensor]
 
@@ -146,30 +154,67 @@ def histories_to_drop(spares: Iterable[Spare], excess: int) -> list[int]:
     return chosen
 
 
+def fair_window(waiting_bytes: int, links: int) -> int:
+    """Return how much may be outstanding on each of so many links, given room for `waiting_bytes`.
+
+    Half of the room is shared out: a payload may be greater than what is left of a window. Always
+    a power of two between EARLY_CREDIT and FIRST_CREDIT, so that it seldom changes.
+    """
+    share = waiting_bytes // (2 * max(links, 1))
+    window = FIRST_CREDIT
+    while window > EARLY_CREDIT and window > share:
+        window //= 2
+    return window
+
+
 @dataclass(slots=True)
 class Inlet:
-    """The receiver's end of a link: what waits here, and what may be given back."""
+    """The receiver's end of a link: what waits here, and what may be given back.
 
+    `window` is how much the sender was told it may have outstanding. `is_fixed`: it is one that
+    would not heed another.
+    """
+
+    window: int = FIRST_CREDIT
+    is_fixed: bool = False
     waiting: int = 0
     _owed: int = 0
 
     @property
+    def step_bytes(self) -> int:
+        """What the sender counts for a step beside its payload."""
+        return 0 if self.is_fixed else STEP_BYTES
+
+    @property
     def is_within_credit(self) -> bool:
-        """False if the sender went beyond its credit."""
+        """False if the sender went beyond the widest window it can have been told."""
         return self.waiting <= FIRST_CREDIT + DEFAULT_LIMITS.frame_bytes
 
     def arrive(self, size: int) -> None:
         """Note that a payload of this size waits."""
         self.waiting += size
 
-    def done(self, size: int) -> list[Credit]:
-        """Note that a payload was dealt with; return the credit to give back, mostly none."""
+    def done(self, size: int, window: int = FIRST_CREDIT) -> list[Credit]:
+        """Note that a payload was dealt with; return the credit to give back, mostly none.
+
+        `window`: what the sender should have from now on; a wider one is told when it is twice as
+        wide, a narrower one at once with the credit.
+        """
         self.waiting -= size
         self._owed += size
-        if self._owed < CREDIT_PIECE:
-            return []
+        if self.is_fixed or self.window < window < 2 * self.window:
+            window = self.window
+        return self._told(window) if self._owed >= min(self.window, window) // _PIECES else []
+
+    def narrow(self, window: int) -> list[Credit]:
+        """Tell the sender a narrower window now, though nothing is to be given back."""
+        return self._told(window) if window < self.window and not self.is_fixed else []
+
+    def _told(self, window: int) -> list[Credit]:
         given, self._owed = self._owed, 0
-        return [Credit(more=given)]
+        is_new = window != self.window
+        self.window = window
+        return [Credit(more=given, window=window if is_new else 0)]
 
 
 @dataclass(slots=True)
@@ -177,15 +222,18 @@ class Outlet:
     """The sender's end of a link: how far the receiver has it, and how much more it takes.
 
     `epoch` is the one the link was opened in. `is_known` is False until the receiver of a kept leg
-    has said what it has.
+    has said what it has. `window` bounds what is outstanding: sent and not given back, with
+    `step_bytes` for each payload.
     """
 
     link: int
     epoch: int
     sent: int = 0
     is_known: bool = True
-    credit: int = FIRST_CREDIT
+    window: int = EARLY_CREDIT
+    step_bytes: int = STEP_BYTES
     outstanding: int = 0
+    _unheard: int = 0  # steps sent before Ready
 
     def takes(self, size: int) -> bool:
         """True if a payload of this size may be sent now.
@@ -193,19 +241,32 @@ class Outlet:
         A payload greater than all credit travels nearly alone, or it would never travel: what is
         outstanding below a piece may be done and not yet given back.
         """
-        return size <= self.credit or self.outstanding < CREDIT_PIECE
+        is_within = self.outstanding + size + self.step_bytes <= self.window
+        return is_within or self.outstanding < max(1, self.window // _PIECES)
 
     def spend(self, serial: int, size: int) -> None:
         """Note that the entry was sent."""
         self.sent = serial
-        self.credit -= size
-        self.outstanding += size
+        self.outstanding += size + self.step_bytes
+        self._unheard += 1
 
-    def refill(self, size: int) -> None:
-        """Note that the receiver will take `size` more bytes."""
-        size = min(size, self.outstanding)
-        self.credit += size
-        self.outstanding -= size
+    def is_ready(self, ready: Ready) -> None:
+        """Note how far the receiver has it, and how wide its window is."""
+        if not self.is_known or ready.have > self.sent:
+            self.sent, self.is_known = ready.have, True
+        if not ready.window:  # of an older program: it gives back payloads only
+            self.outstanding -= self._unheard * self.step_bytes
+            self.step_bytes = 0
+        self._take(ready.window or FIRST_CREDIT)
+
+    def refill(self, credit: Credit) -> None:
+        """Note what the receiver has dealt with, and perhaps another window."""
+        self.outstanding -= min(credit.more, self.outstanding)
+        if credit.window:
+            self._take(credit.window)
+
+    def _take(self, window: int) -> None:
+        self.window = max(EARLY_CREDIT, min(window, FIRST_CREDIT))
 
     def ready(self, history: History, *, is_downlink: bool = False) -> Iterator[Entry]:
         """Yield, and count as sent, the entries that the receiver lacks and has credit for.

@@ -74,7 +74,7 @@ async def run_chaos(settings: ChaosSettings, console: Console) -> dict[str, Any]
     spans = even_spans(blocks_of(settings.model), settings.hops)
     began = trio.current_time()
     with tempfile.TemporaryDirectory(prefix="swarm-chaos-") as name:
-        async with _ended_when_told():
+        async with ended_when_told():
             console.note(f"starting {settings.replicas} servers for each of {_listed(spans)}")
             async with open_replicas(
                 settings.model,
@@ -116,7 +116,7 @@ def blocks_of(model: Path) -> int:
 
 
 @asynccontextmanager
-async def _ended_when_told() -> AsyncIterator[None]:
+async def ended_when_told() -> AsyncIterator[None]:
     """Take SIGTERM and a closed terminal for Ctrl-C, which ends all that was started."""
 
     async def wait(signals: AsyncIterator[int]) -> None:

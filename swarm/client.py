@@ -81,9 +81,9 @@ class Client:
         self.is_exact = False  # True: only servers whose weights are not quantized
 
     def session(
-        self, max_tokens: int, *, route_seconds: float = 30.0
+        self, max_tokens: int, *, prompt: Sequence[int] = (), route_seconds: float = 30.0
     ) -> AbstractAsyncContextManager[ClientSession]:
-        """Open a session with room for `max_tokens`; see `open_session`."""
+        """Open a session with room for `max_tokens`, to begin with `prompt`: see `open_session`."""
         return open_session(
             self.host,
             self._identity,
@@ -93,6 +93,7 @@ class Client:
             suspects=self._suspects,
             fingerprint=self.model.fingerprint,
             max_tokens=max_tokens,
+            prompt=prompt,
             wall_clock=time.time,
             route_seconds=route_seconds,
         )

@@ -3,7 +3,8 @@
 1. Every repair ends: with a route, or within the route's deadline with an error that names the
    blocks nobody serves.
 2. Whom a trouble accuses is avoided for as long as somebody else can serve its blocks; the oldest
-   suspect is forgiven first, and the longer the failures go on the later.
+   suspect is forgiven first, and the longer the failures go on the later. Who has no room is not
+   asked before the time it named; if nobody else can serve, the session waits for it.
 3. A session that leaves its `async with` is closed on every hop that can still be reached.
 """
 
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import trio
@@ -21,19 +22,29 @@ from routing import repair
 from routing.route import Hop, Route
 from routing.span import Span
 from swarm.chain import Dial, Payload, Send, Shut
-from swarm.errors import NoRoute, Refusal, Unreachable
+from swarm.errors import NoRoute, Unreachable
 from swarm.identity import Identity
 from swarm.links import Links
 from swarm.messages import AnyMessage, FaultKind, HopName, Open, Output, Wanted, Wish
+from swarm.prefix import prefix_of
 from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
 from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
 from swarm.transport import Host
+from swarm.troubles import (
+    as_routing,
+    has_no_room,
+    is_passing,
+    is_refusal,
+    named_hops,
+    refusal_of,
+)
 
 OPEN_VALID_SECONDS = 60.0
 ANSWER_SECONDS = 600.0
 RETRY_SECONDS = 0.25
+LOOK_SECONDS = 1.0  # between two looks for others, while those of the route have no room
 CLOSE_SECONDS = 2.0
 # A session that fails this often without a single output in between is not worth another try.
 MOST_REPAIRS = 16
@@ -47,12 +58,16 @@ FindRoute = Callable[[frozenset[str], int], Awaitable[Route]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broken:
-    """A route in trouble, as `routing.repair` sees it. `suspects`: oldest first."""
+    """A route in trouble, as `routing.repair` sees it. `suspects`: oldest first.
+
+    `full`: who has no room, and must not be taken.
+    """
 
     hops: tuple[Hop, ...]
     troubles: tuple[repair.Trouble, ...]
     retried: repair.Retried
     suspects: tuple[str, ...]
+    full: frozenset[str] = frozenset()
 
 
 RepairRoute = Callable[[Broken, int], Awaitable[repair.Repair]]
@@ -84,6 +99,7 @@ class ClientSession:
         suspects: Suspects,
         fingerprint: str,
         max_tokens: int,
+        prompt: Sequence[int],
         wall_clock: Callable[[], float],
         route_seconds: float,
     ) -> None:
@@ -102,6 +118,7 @@ class ClientSession:
             max_tokens=max_tokens,
             sign=self._sign,
             new_link=self._links.new_number,
+            prefix=prefix_of(prompt, fingerprint),
         )
         self._suspects = suspects
         self._troubles: list[Trouble] = []
@@ -110,12 +127,25 @@ class ClientSession:
         self._positions = 0
         self._retried = repair.NOTHING_RETRIED
         self._repairs = 0
+        self._is_answered = True  # no trouble since the last output
         self._deadline = float("inf")  # of finding a route, since the last output
 
     @property
     def route(self) -> tuple[tuple[str, str], ...]:
         """The (peer, span) of the current hops."""
         return tuple((hop.peer, hop.span) for hop in self._session.route)
+
+    @property
+    def pages(self) -> int:
+        """How many of the first steps are to be a page of the prompt each."""
+        return self._session.pages
+
+    @property
+    def reused_tokens(self) -> int:
+        """How many positions of the prompt the first hop did not compute: others had brought it
+        the same.
+        """
+        return self._session.shared
 
     async def open(self) -> None:
         """Find the first route and open the session on it. NoRoute after the deadline."""
@@ -150,6 +180,7 @@ class ClientSession:
             if scope.cancelled_caught:
                 raise Unreachable(f"no answer came for {ANSWER_SECONDS:g} seconds")
         self._repairs = 0
+        self._is_answered = True
         self._retried = repair.NOTHING_RETRIED
         return self._outputs.popleft()
 
@@ -186,25 +217,60 @@ class ClientSession:
     async def _repair(self) -> None:
         """Act on all troubles at once: repair the route in place or, in doubt, take a fresh one."""
         now = trio.current_time()
-        if self._repairs == 0:
+        if self._is_answered:
+            self._is_answered = False
             self._deadline = now + self._route_seconds
-        self._repairs += 1
         troubles, self._troubles = self._troubles, []
         self.journal.troubles += troubles
         last = troubles[-1]
-        if last.failure == "refused" and (now >= self._deadline or self._repairs > MOST_REPAIRS):
-            raise _refusal(last)
+        is_full = all(map(is_passing, troubles)) and any(map(has_no_room, troubles))
+        self._repairs += not is_full  # these are no failures, and the deadline ends them
+        if is_refusal(last) and (now >= self._deadline or self._repairs > MOST_REPAIRS):
+            raise refusal_of(last)
         if self._repairs > MOST_REPAIRS:
             raise Unreachable(f"the route failed {MOST_REPAIRS} times in a row: {last.message}")
         self.journal.failovers += 1
+        for trouble in troubles:
+            if has_no_room(trouble):
+                self._suspects.leave_alone(trouble.peer, now + trouble.retry_seconds)
         if await self._mend(troubles, now):
             return
+        if is_full:
+            await self._wait_for_room(troubles)
+            return
         for trouble in troubles:
-            if trouble.peer:
+            if trouble.peer and not is_passing(trouble):
                 self._suspect(trouble.peer, now, trouble.retry_seconds)
         self.journal.replayed_tokens += self._positions
         await self._take_route(last)
         self._troubles.clear()  # they were of the route just left
+
+    async def _wait_for_room(self, troubles: Sequence[Trouble]) -> None:
+        """Wait until all hops of the route may have room, and take it up again; the others keep
+        what they have. Meanwhile others are looked for. Refusal if that is too late.
+
+        Ends early if something else goes wrong: all is a trouble again then.
+        """
+        full = self._suspects.full_at(trio.current_time())
+        until = max(full.get(trouble.peer, 0.0) for trouble in troubles)
+        while (now := trio.current_time()) < until:
+            if now >= self._deadline:
+                raise refusal_of(troubles[-1])
+            with trio.move_on_at(min(until, self._deadline, now + LOOK_SECONDS)):
+                self._news = trio.Event()
+                if not self._troubles:
+                    await self._news.wait()
+            if self._troubles:
+                left = max(until - trio.current_time(), RETRY_SECONDS)
+                waiting = [replace(each, retry_seconds=left) for each in troubles]
+                self._troubles = [*waiting, *self._troubles]
+                return
+            if await self._mend(troubles, trio.current_time()):
+                return
+        hops = [HopName(hop.peer, hop.span, "keep") for hop in self._session.route]
+        is_forgotten = any(trouble.failure == "forgotten" for trouble in troubles)
+        self.journal.replayed_tokens += self._positions
+        self._carry_out(self._session.reroute(hops, attach=is_forgotten))
 
     async def _mend(self, troubles: Sequence[Trouble], now: float) -> bool:
         """Replace the lost hops only. False where that is in doubt, or finds no server."""
@@ -214,9 +280,10 @@ class ClientSession:
         route = self._session.route
         broken = Broken(
             hops=tuple(Hop(hop.peer, Span.parse(hop.span)) for hop in route),
-            troubles=tuple(seen for trouble in troubles for seen in _as_routing(trouble)),
+            troubles=tuple(seen for trouble in troubles for seen in as_routing(trouble)),
             retried=self._retried,
             suspects=self._suspects.at(now),
+            full=frozenset(self._suspects.full_at(now)),
         )
         try:
             mended = await self._repair_route(broken, self.max_tokens)
@@ -224,13 +291,14 @@ class ClientSession:
             return False
         self._retried = mended.retried
         for trouble in troubles:
-            if trouble.peer in mended.blamed or trouble.failure in ("refused", "draining"):
+            has_left = trouble.failure in ("refused", "draining") and not has_no_room(trouble)
+            if trouble.peer in mended.blamed or has_left:
                 self._suspect(trouble.peer, now, trouble.retry_seconds)
         for peer in sorted(mended.blamed - {trouble.peer for trouble in troubles}):
             self._suspect(peer, now)  # for what it said of others
-        if any(hop.mode == "new" for hop in mended.hops):
+        hops = named_hops(mended.hops, troubles)
+        if any(hop.mode != "keep" for hop in hops):
             self.journal.replayed_tokens += self._positions
-        hops = [HopName(hop.peer, str(hop.span), hop.mode) for hop in mended.hops]
         is_forgotten = any(trouble.failure == "forgotten" for trouble in troubles)
         self._carry_out(self._session.reroute(hops, attach=is_forgotten))
         return True
@@ -247,15 +315,16 @@ class ClientSession:
         Then NoRoute, or the Refusal that was the last trouble.
         """
         while True:
-            avoid = frozenset(self._suspects.at(trio.current_time()))
+            now = trio.current_time()
+            avoid = frozenset((*self._suspects.at(now), *self._suspects.full_at(now)))
             try:
                 route = await self._find_route(avoid, self.max_tokens)
                 break
             except NoRoute:
                 if not self._suspects.forgive_one(trio.current_time()):
                     if trio.current_time() >= self._deadline:
-                        if last is not None and last.failure == "refused":
-                            raise _refusal(last) from None
+                        if last is not None and is_refusal(last):
+                            raise refusal_of(last) from None
                         raise
                     await trio.sleep(RETRY_SECONDS)
         hops = [(hop.peer, str(hop.span)) for hop in route.hops]
@@ -277,11 +346,14 @@ async def open_session(
     suspects: Suspects | None = None,
     fingerprint: str,
     max_tokens: int,
+    prompt: Sequence[int] = (),
     wall_clock: Callable[[], float] = time.time,
     route_seconds: float = 30.0,
 ) -> AsyncIterator[ClientSession]:
     """Open a session for at most `max_tokens` positions; close it on the way out.
 
+    With `prompt`, the ids it will begin with, hops that hold the same beginning need not compute it
+    again; its first `pages` steps must then be a page of the prompt each, as `generate` sends them.
     With `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
     `pulse` tells of hops that fall silent, nothing else does; `suspects` may be shared by the
     sessions of a client, so that one need not learn what another has. Raises NoRoute if no route is
@@ -298,6 +370,7 @@ async def open_session(
             suspects=suspects or Suspects(),
             fingerprint=fingerprint,
             max_tokens=max_tokens,
+            prompt=prompt,
             wall_clock=wall_clock,
             route_seconds=route_seconds,
         )
@@ -308,26 +381,3 @@ async def open_session(
             session.close()
             with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
                 await session.wait_closed()
-
-
-def _refusal(trouble: Trouble) -> Refusal:
-    return Refusal(
-        f"the servers refuse: {trouble.message}",
-        next_step="try again soon",
-        retry_seconds=trouble.retry_seconds,
-    )
-
-
-def _as_routing(trouble: Trouble) -> list[repair.Trouble]:
-    """The trouble in routing's words; none if it is nobody's."""
-    kind: repair.Kind
-    match trouble.failure:
-        case "forgotten" | "dropped":
-            return []
-        case "closed":
-            kind = "downlink" if trouble.is_downlink else "link"
-        case "refused" | "draining":
-            kind = "refused"
-        case "silent" | "unreachable" | "failed" | "broke_word":
-            kind = trouble.failure
-    return [repair.Trouble(trouble.peer, Span.parse(trouble.span), kind, trouble.is_downlink)]

@@ -67,6 +67,10 @@ class Console:
         print(f"swarm serve --join {facts['join']}", flush=True)
         self.note('and ask with: swarm generate --join TOKEN "Once upon a time"')
 
+    def answering(self, url: str) -> None:
+        """Say where the API is."""
+        print(json.dumps({"ready": True, "api": url}) if self._is_json else url, flush=True)
+
 
 @contextmanager
 def readable_errors(*, is_json: bool) -> Iterator[None]:

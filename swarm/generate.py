@@ -2,19 +2,30 @@
 
 1. The tokens are those of the model: a failed route or a draft changes when they come, not which.
 2. Generation ends with an end-of-sequence id, at `most_tokens`, or when `on_token` says so.
+3. Under a guide no other id is chosen than one that it allows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import trio
+from numpy.typing import NDArray
 
 from swarm.client_session import ClientSession
 from swarm.errors import BadInput, PeerFault
-from swarm.messages import HopTime
-from swarm.sampling import SamplingSettings, candidates_from, choose, counts_of, wish_for
+from swarm.messages import HopTime, Wish
+from swarm.prefix import PAGE_POSITIONS, ids_payload
+from swarm.sampling import (
+    Candidates,
+    SamplingSettings,
+    candidates_from,
+    choose,
+    counts_of,
+    wish_for,
+)
 from swarm.text import ModelCard
 from swarm.wire import Tensor
 
@@ -24,6 +35,12 @@ CHUNK_TOKENS = 256
 FinishReason = Literal["length", "end", "stop"]
 OnToken = Callable[[int], bool]
 """Called with each new id; True ends the generation."""
+OnStep = Callable[[Sequence[HopTime], Sequence[Candidates]], None]
+"""Called with each step's times, hop by hop, and its candidates, before an id is chosen of them."""
+
+# Under a guide that allows too many ids to send: so many candidates are asked for that hardly ever
+# none of them is allowed.
+GUIDED_COUNT = 1024
 
 
 class Draft(Protocol):
@@ -31,6 +48,22 @@ class Draft(Protocol):
 
     def guess(self, ids: Sequence[int]) -> list[int]:
         """Return the ids that may follow, best guess; none if there is no good one."""
+
+
+class Guide(Protocol):
+    """Says which ids may come next, as a grammar does."""
+
+    def few(self) -> frozenset[int] | None:
+        """Return the ids allowed next; None if they are too many for every step to name them."""
+
+    def every(self) -> frozenset[int]:
+        """Return the ids allowed next, however many; at least one."""
+
+    def narrowed(self, candidates: Candidates) -> Candidates | None:
+        """Return the candidates that are allowed; None if none is."""
+
+    def take(self, token: int) -> None:
+        """Go on behind an id that was allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +83,7 @@ class Generation:
     finish_reason: FinishReason = "length"
     seconds: float = 0.0
     first_token_seconds: float = 0.0
+    reused_tokens: int = 0  # of the prompt, that the first hop had from other sessions
     steps: int = 0
     computed_seconds: float = 0.0  # the hops' own, summed over decode steps
     decode_seconds: float = 0.0  # from the first token to the last
@@ -77,29 +111,30 @@ async def generate(
     settings: GenerateSettings,
     on_token: OnToken = lambda _token: False,
     draft: Draft | None = None,
+    *,
+    on_step: OnStep = lambda _times, _candidates: None,
+    guide: Guide | None = None,
 ) -> Generation:
     """Send the prompt and generate. The session must have room for prompt and `most_tokens`.
 
-    Raises what `ClientSession.next_output` raises, and PeerFault for impossible candidates.
+    A guide goes without a draft. Raises what `ClientSession.next_output` raises, and PeerFault for
+    impossible candidates.
     """
+    if guide is not None and draft is not None:
+        raise ValueError("a draft does not know what a guide allows")
     began = trio.current_time()
     made = Generation([])
     ids = list(prompt)
     counts = counts_of(ids, ())
     drafted: list[int] = []
-    wish = wish_for(settings.sampling, counts)
-    for start, chunk, is_last in _chunks(prompt):
-        session.step(start, _payload(chunk), "last" if is_last else "none", wish)
+    wish = _next_wish(settings.sampling, counts, guide)
+    for start, chunk, is_last in _chunks(prompt, session.pages):
+        session.step(start, ids_payload(chunk), "last" if is_last else "none", wish)
     while True:
-        output = await session.next_output()
-        made.steps += 1
-        choices = candidates_from(output.payload, wish)
-        if len(choices) != len(drafted) + 1:
-            raise PeerFault(
-                f"the last hop answered {len(choices)} positions, not {len(drafted) + 1}"
-            )
-        if made.steps > 1:
-            made.computed_seconds += _computed(output.times)
+        times, choices = await _next_choices(session, made, wish, len(drafted) + 1)
+        if guide is not None:
+            choices = [await _allowed(session, ids, settings.sampling, guide, choices[0])]
+        on_step(times, choices)
         for place, candidates in enumerate(choices):
             token = choose(candidates, settings.sampling, len(ids), counts)
             ids.append(token)
@@ -110,11 +145,103 @@ async def generate(
                 return made
             if place < len(drafted) and drafted[place] != token:
                 break
+        if guide is not None:
+            guide.take(token)
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
-        wish = wish_for(settings.sampling, {*counts, *drafted})
+        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide)
         step = [ids[-1], *drafted]
-        session.step(len(ids) - 1, _payload(step), "all" if drafted else "last", wish)
+        session.step(len(ids) - 1, ids_payload(step), "all" if drafted else "last", wish)
+
+
+async def _next_choices(
+    session: ClientSession, made: Generation, wish: Wish, count: int
+) -> tuple[Sequence[HopTime], list[Candidates]]:
+    """The next output's times and candidates, noted in `made`. PeerFault unless they are of so
+    many positions.
+    """
+    output = await session.next_output()
+    made.steps += 1
+    made.reused_tokens = session.reused_tokens
+    choices = candidates_from(output.payload, wish)
+    if len(choices) != count:
+        raise PeerFault(f"the last hop answered {len(choices)} positions, not {count}")
+    if made.steps > 1:
+        made.computed_seconds += _computed(output.times)
+    return output.times, choices
+
+
+async def mean_hidden(session: ClientSession, prompt: Sequence[int]) -> NDArray[np.float32]:
+    """Return the mean over all positions of the hidden states behind the last block [H], before
+    the final norm. The session must have room for the prompt.
+
+    Raises what `ClientSession.next_output` raises, and PeerFault for what is no hidden state.
+    """
+    chunks = list(_chunks(prompt))
+    for start, chunk, _ in chunks:
+        session.step(start, ids_payload(chunk), "all")
+    total: NDArray[np.float64] | None = None
+    for _, chunk, _ in chunks:
+        output = await session.next_output()
+        states = _states(output.payload, len(chunk))
+        part = states.sum(axis=0, dtype=np.float64)
+        if total is not None and part.shape != total.shape:
+            raise PeerFault("the last hop answered hidden states of several widths")
+        total = part if total is None else total + part
+    if total is None:
+        raise BadInput("the prompt is empty", next_step="give at least one word")
+    mean: NDArray[np.float32] = (total / len(prompt)).astype(np.float32)
+    return mean
+
+
+def _states(payload: Mapping[str, Tensor], count: int) -> NDArray[np.float32]:
+    """The hidden states [S, H] of an Output. PeerFault if they are none of so many positions."""
+    tensor = payload.get("hidden")
+    if tensor is None or len(tensor.shape) < 3 or tensor.shape[:2] != (1, count):
+        raise PeerFault(f"the last hop answered no hidden states of {count} positions")
+    if tensor.dtype == "bfloat16":  # the upper half of a float32
+        wide = np.frombuffer(tensor.data, "<u2").astype(np.uint32) << 16
+        values = wide.view(np.float32)
+    elif tensor.dtype in ("float16", "float32"):
+        values = np.frombuffer(tensor.data, tensor.dtype).astype(np.float32)
+    else:
+        raise PeerFault(f"hidden states of dtype {tensor.dtype}")
+    if values.size != math.prod(tensor.shape) or not np.isfinite(values).all():
+        raise PeerFault("the last hop answered what no hidden state can be")
+    return values.reshape(count, -1)
+
+
+def _next_wish(sampling: SamplingSettings, seen: Iterable[int], guide: Guide | None) -> Wish:
+    """What to ask the last hop for, so that the next id can be chosen."""
+    if guide is None:
+        return wish_for(sampling, seen)
+    few = guide.few()
+    if few is None:
+        return wish_for(sampling, seen, count=GUIDED_COUNT)
+    return wish_for(replace(sampling, allowed=few), seen)
+
+
+async def _allowed(
+    session: ClientSession,
+    ids: Sequence[int],
+    sampling: SamplingSettings,
+    guide: Guide,
+    candidates: Candidates,
+) -> Candidates:
+    """What the guide leaves of the candidates. If that is nothing the last position is computed
+    once more, for the likeliest of all that it allows.
+    """
+    left = guide.narrowed(candidates)
+    if left is not None:
+        return left
+    wish = wish_for(replace(sampling, allowed=guide.every()), set(ids))
+    session.step(len(ids) - 1, ids_payload(ids[-1:]), "last", wish)
+    output = await session.next_output()
+    found = candidates_from(output.payload, wish)
+    left = guide.narrowed(found[0]) if len(found) == 1 else None
+    if left is None:
+        raise PeerFault("the last hop's candidates are not among the ids that were allowed")
+    return left
 
 
 def _is_over(made: Generation, token: int, settings: GenerateSettings, on_token: OnToken) -> bool:
@@ -141,11 +268,9 @@ def _computed(times: Sequence[HopTime]) -> float:
     return sum(time.computed for time in times)
 
 
-def _chunks(prompt: Sequence[int]) -> Iterator[tuple[int, Sequence[int], bool]]:
-    for start in range(0, len(prompt), CHUNK_TOKENS):
-        stop = min(start + CHUNK_TOKENS, len(prompt))
+def _chunks(prompt: Sequence[int], pages: int = 0) -> Iterator[tuple[int, Sequence[int], bool]]:
+    """Where each step of the prompt starts, its ids, and whether it is the last."""
+    paged = pages * PAGE_POSITIONS
+    for start in (*range(0, paged, PAGE_POSITIONS), *range(paged, len(prompt), CHUNK_TOKENS)):
+        stop = min(start + (PAGE_POSITIONS if start < paged else CHUNK_TOKENS), len(prompt))
         yield start, prompt[start:stop], stop == len(prompt)
-
-
-def _payload(ids: Sequence[int]) -> dict[str, Tensor]:
-    return {"ids": Tensor("int32", (1, len(ids)), np.asarray(ids, "<i4").tobytes())}

@@ -2,39 +2,40 @@
 
 A leg listens to one up stream, feeds its steps to the executor in order of serial, keeps what
 came out as its history, and sends its next hop (or, on the last hop, the client) whatever that
-one lacks. `legs` decides which streams and epochs reach it.
+one lacks: that half of it is in `swarm.onward`. `legs` decides which streams and epochs reach it.
 
 1. A step is admitted once, in order of serial, on the true prefix: `start` is at most the length.
-2. Nothing is sent beyond the receiver's credit, and nothing twice on one stream.
-3. The next hop is dialled at most once in an epoch.
-4. A lost up stream frees nothing: the leg goes on computing what it admitted.
-5. Only what was sent on, and what the live link does not lack, is ever dropped from the history;
-   a receiver that lacks it is sent nothing, and the client is told.
+2. A lost up stream frees nothing: the leg goes on computing what it admitted.
+3. No more is computed ahead of the next hop than a link's window holds: what waits to be sent on
+   keeps further steps waiting, and these the credit of the hop before.
+4. A leg that was evicted or has failed computes nothing more; the next Open begins it anew.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
-
-from swarm.chain import Dial, Entry, History, Inlet, Outlet, Payload, Send, Shut, step_of
+from swarm.chain import FIRST_CREDIT, Dial, Entry, Inlet, Payload, Send, Shut
 from swarm.messages import (
     Close,
-    Credit,
-    Fault,
-    FaultKind,
     Gone,
-    HopName,
     HopTime,
     Message,
     Open,
-    Output,
     Ready,
-    Refused,
     Step,
     payload_bytes,
 )
+from swarm.onward import Onward
+from swarm.prefix import Beginning, Pages
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A leg with this number was admitted by this Open, and holds nothing yet."""
+
+    leg: int
+    opened: Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,31 @@ class Compute:
     leg: int
     span: str
     step: Step
+    client: str
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
     """Free the cache of the leg with this number; its results no longer matter."""
+
+    leg: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Let the cache of the leg with this number begin as that of another, at that length."""
+
+    leg: int
+    of: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The session of the leg with this number is over; its cache stays until Forget.
+
+    It gives way to whatever else wants its memory, and is over anyhow when its grace time is.
+    """
 
     leg: int
 
@@ -61,11 +82,12 @@ class Grace:
     is_running: bool
 
 
-Action = Dial | Send | Shut | Compute | Forget | Grace
+Action = Dial | Send | Shut | Begun | Fork | Compute | Keep | Forget | Grace
 Emit = Callable[[Action], None]
 NewLink = Callable[["Leg"], int]
 
-_DROPPED = "what this hop had sent on is no longer held here"
+# What a position of ids comes to on the wire, until a result tells: hidden 16384 in float32.
+_GUESSED_POSITION_BYTES = 64 << 10
 
 
 def step_length(step: Step) -> int:
@@ -74,48 +96,82 @@ def step_length(step: Step) -> int:
     return tensor.shape[1] if tensor is not None and len(tensor.shape) >= 2 else 0
 
 
-class Leg:
+def overlap(one: str, other: str) -> bool:
+    """Return whether the two spans have a block in common."""
+    (a, b), (c, d) = (map(int, span.split(":")) for span in (one, other))
+    return a < d and c < b
+
+
+class Leg(Onward):
     """One span of one session on one peer."""
 
-    def __init__(self, number: int, opened: Open, up: int, emit: Emit, new_link: NewLink) -> None:
+    def __init__(
+        self,
+        number: int,
+        opened: Open,
+        up: int,
+        emit: Emit,
+        new_link: NewLink,
+        window: int = FIRST_CREDIT,
+        pages: Pages | None = None,
+    ) -> None:
+        """`window`: how many bytes may be outstanding on its links; it may be changed. `pages`: to
+        note what other legs may begin with, None if that is nobody's concern.
+        """
+        super().__init__(opened, up, emit, new_link)
         self.number = number
         self.client = opened.client
         self.session = opened.session
-        self.span = opened.hops[opened.at].span
         self.max_tokens = opened.max_tokens
-        self.opened = opened
-        self.up: int | None = up
-        self.down: Outlet | None = None
-        self.next: HopName | None = None
-        self.downlink: Outlet | None = None
-        self.downlink_epoch = -1
         self.admitted = 0
         self.length = 0
-        self.history = History()
-        self.sent_on = 0  # the newest serial that any next hop, or the client, was sent
+        self.window = window
+        self.pages = pages
+        self.waiting_bytes = 0  # of the steps that are not computed yet
         self.has_failed = False
+        self.is_evicted = False
+        self._eviction: tuple[str, float] | None = None  # what is still to be said of it
         self._waiting: deque[tuple[Step, int, int]] = deque()  # step, the link it came by, bytes
+        self._given = 0  # how many of them the executor has
+        self._given_positions = 0
+        self._position_bytes = 0.0  # what one comes to, as the newest result tells
         self._inlet = Inlet()
-        self._emit = emit
-        self._new_link = new_link
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the newest Open."""
-        return self.opened.epoch
+    def is_spent(self) -> bool:
+        """True when it computes nothing more, and is to begin anew."""
+        return self.has_failed or self.is_evicted
+
+    def is_named_by(self, opened: Open) -> bool:
+        """True if the Open is of this session, and its receiver's place is the leg's."""
+        if opened.at >= len(opened.hops):
+            return False
+        same = (opened.client, opened.session) == (self.client, self.session)
+        return same and opened.hops[opened.at].span == self.span
 
     @property
-    def is_last(self) -> bool:
-        """True on the hop whose outputs go to the client."""
-        return self.opened.at + 1 == len(self.opened.hops)
+    def is_busy(self) -> bool:
+        """True while steps are admitted that are not computed."""
+        return bool(self._waiting)
 
-    @property
-    def droppable(self) -> int:
-        """The serial up to which the history was sent on, and is not lacked by the live link."""
-        link = self.downlink if self.is_last else self.down
-        if link is None:
-            return self.sent_on
-        return link.sent if link.is_known else 0
+    def begin_with(self, beginning: Beginning) -> None:
+        """Take over what another leg here holds, before anything is said or admitted."""
+        count = beginning.pages.count
+        self.pages, self.vouched = beginning.pages, beginning.vouched
+        self.admitted, self.length, self.sent_on = count, beginning.pages.length, count
+        for entry in beginning.entries:
+            self.history.append(entry)
+        if self.is_last:
+            self.history.dropped = count  # it never had what a next hop would lack
+        self._position_bytes = self.history.byte_count / self.length
+        self._emit(Fork(self.number, beginning.of, self.length))
+
+    def welcome(self, opened: Open, up: int) -> None:
+        """Answer the Open that `up` began with."""
+        is_fixed = not opened.window
+        self._inlet = Inlet(FIRST_CREDIT if is_fixed else self.window, is_fixed)
+        window = 0 if is_fixed else self._inlet.window
+        self._emit(Send(up, Ready(have=self.admitted, window=window)))
 
     def take_up(self, opened: Open, up: int) -> None:
         """Listen to `up`, the newest stream, which the leg was not listening to before."""
@@ -125,8 +181,7 @@ class Leg:
         else:
             self._emit(Grace(self.number, is_running=False))
         self.up = up
-        self._inlet = Inlet()
-        self._emit(Send(up, Ready(have=self.admitted)))
+        self.welcome(opened, up)
         self.reroute(opened)
 
     def reroute(self, opened: Open) -> None:
@@ -149,20 +204,12 @@ class Leg:
         self._leave_next()
         self.dial()
 
-    def dial(self) -> None:
-        """Open the stream to the next hop and send it what it may lack."""
-        if self.next is None:
-            return
-        is_known = self.next.mode != "keep" and self.history.reaches(0)
-        self.down = Outlet(self._new_link(self), self.epoch, is_known=is_known)
-        self._emit(Dial(self.down.link, self.next.peer, self._passed_on()))
-        self._flush()
-
     def admit(self, step: Step, link: int) -> None:
         """Take a step from the up stream, once."""
-        if self.has_failed:
+        if self.is_spent:
+            self._say_evicted()
             return
-        size = payload_bytes(step.payload)
+        size = payload_bytes(step.payload) + self._inlet.step_bytes
         self._inlet.arrive(size)
         if step.serial <= self.admitted:
             self._give_back(link, size)
@@ -177,111 +224,82 @@ class Leg:
         if not self._inlet.is_within_credit:
             self._accuse_sender("more was sent than credit allows")
             return
+        if not self.admitted:
+            self._position_bytes = (
+                _GUESSED_POSITION_BYTES if "ids" in step.payload else size / length
+            )
         self.admitted = step.serial
         self.length = step.start + length
+        self.waiting_bytes += size
         self._waiting.append((step, link, size))
-        self._emit(Compute(self.number, self.span, step))
+        if self.pages is not None:
+            self.pages.admitted(step.serial, step.start, step.payload)
+        self._go_on()
 
-    def computed(self, serial: int, payload: Payload, time: HopTime) -> None:
-        """The executor finished the oldest admitted step."""
-        if self.has_failed:
+    def computed(
+        self, serial: int, payload: Payload, time: HopTime, shortest_fork: int | None = None
+    ) -> None:
+        """The executor finished the oldest admitted step; from then on the leg's cache can be
+        shared at no less than this length, None for not at all.
+        """
+        if self.is_spent:
             return
         step, link, size = self._waiting.popleft()
         if step.serial != serial:
             raise ValueError(f"serial {serial} was computed before {step.serial}")
+        self._given -= 1
+        self._given_positions -= step_length(step)
+        self.waiting_bytes -= size
+        self._position_bytes = payload_bytes(payload) / step_length(step)
         self._give_back(link, size)
+        if self.pages is not None:
+            self.pages.computed(serial, step.start + step_length(step), shortest_fork)
         times = (*step.times, time)
         self.history.append(Entry(serial, step.start, payload, step.wanted, step.wish, times))
         self._flush()
 
     def failed(self, message: str) -> None:
         """The executor could not compute a step: nothing after it can be computed here."""
-        if self.has_failed:
+        if self.is_spent:
             return
-        self._waiting.clear()
+        self._drop_waiting()
         self.has_failed = True
         self._accuse("failed", self._own_peer, message)
+
+    def evict(self, message: str, retry_seconds: float) -> None:
+        """Let go of the cache. Who sends a step, or has one waiting, is asked to begin anew here,
+        after so many seconds if not at once; whoever is to blame for it, it is nobody on the route.
+        """
+        if self.is_spent:
+            return
+        self.is_evicted, self._eviction = True, (message, retry_seconds)
+        self._emit(Forget(self.number))
+        if self._waiting:
+            self._drop_waiting()
+            self._say_evicted()
+
+    def take_window(self, window: int) -> None:
+        """Let no more be outstanding on the up stream from now on; a wider window comes with the
+        next credit.
+        """
+        self.window = window
+        if self.up is not None:
+            for credit in self._inlet.narrow(window):
+                self._emit(Send(self.up, credit))
 
     def drain(self) -> None:
         """Ask the client to take another peer for these blocks; until then go on as before."""
         self._accuse("draining", self._own_peer, "this server is leaving")
-
-    def drop_history(self) -> None:
-        """Give up what `droppable` says, to save memory."""
-        self.history.drop(self.droppable)
-
-    def from_next(self, message: Message) -> None:
-        """The down stream said something."""
-        if self.down is None:
-            return
-        match message:
-            case Ready(have=have):
-                if not self.down.is_known or have > self.down.sent:
-                    self.down.sent, self.down.is_known = have, True
-                self._flush()
-            case Credit(more=more):
-                self.down.refill(more)
-                self._flush()
-            case Fault():
-                if self.up is not None:
-                    self._emit(Send(self.up, message))
-            case Gone(reason="superseded") | Refused(reason="stale"):
-                dialled_in = self.down.epoch
-                self._emit(Shut(self.down.link))
-                self.down = None
-                if self.epoch > dialled_in:
-                    self.dial()
-            case Refused(message=why, retry_seconds=seconds):
-                self._emit(Shut(self.down.link))
-                self.next_ended("refused", why, seconds)
-            case _:
-                self._emit(Shut(self.down.link))
-                self.next_ended("closed", "its stream was ended")
-
-    def next_ended(self, failure: FaultKind, message: str, retry_seconds: float = 0.0) -> None:
-        """The down stream broke or could not be opened: say so, and wait for the next route."""
-        self.down = None
-        if self.next is not None:
-            self._accuse(failure, self.next.peer, message, self.next.span, retry_seconds)
 
     def up_ended(self) -> None:
         """The up stream is gone; hold everything for a grace time."""
         self.up = None
         self._emit(Grace(self.number, is_running=True))
 
-    def attach(self, link: int, epoch: int, have: int) -> None:
-        """Send outputs after serial `have` to this downlink, if it is the newest."""
-        if epoch <= self.downlink_epoch:
-            self._emit(Send(link, Gone(reason="superseded")))
-            self._emit(Shut(link))
-            return
-        if self.downlink is not None:
-            self._emit(Send(self.downlink.link, Gone(reason="superseded")))
-            self._emit(Shut(self.downlink.link))
-        self.downlink, self.downlink_epoch = Outlet(link, epoch, sent=have), epoch
-        self._flush()
-
-    def adopt(self, downlink: Outlet) -> None:
-        """Take over the downlink, with its credit, of the leg that held these blocks before."""
-        self.downlink, self.downlink_epoch = downlink, downlink.epoch
-
-    def from_client(self, message: Message) -> None:
-        """The downlink said something."""
-        if self.downlink is not None and isinstance(message, Credit):
-            self.downlink.refill(message.more)
-            self._flush()
-
-    def downlink_ended(self) -> None:
-        """The client's downlink is gone; outputs are kept until it attaches again."""
-        self.downlink = None
-
-    def give_downlink(self) -> Outlet | None:
-        """Let go of the downlink without ending it: another leg of these blocks takes it over."""
-        downlink, self.downlink = self.downlink, None
-        return downlink
-
-    def free(self, *, is_session_over: bool) -> None:
-        """Give everything back. A session that is over is closed below, a replaced leg is not."""
+    def free(self, *, is_session_over: bool, is_kept: bool = False) -> None:
+        """Give everything back, but for a cache that is kept. A session that is over is closed
+        below, a replaced leg is not.
+        """
         if self.down is not None:
             ending: Message = Close() if is_session_over else Gone(reason="superseded")
             self._emit(Send(self.down.link, ending))
@@ -296,59 +314,42 @@ class Leg:
             self._emit(Send(self.downlink.link, Gone(reason="forgotten")))
             self._emit(Shut(self.downlink.link))
             self.downlink = None
-        self._emit(Forget(self.number))
+        if is_kept:
+            self._emit(Keep(self.number))
+        elif not self.is_evicted:
+            self._emit(Forget(self.number))
 
     def _flush(self) -> None:
-        if self.is_last:
-            self._flush_outputs()
-        elif self.down is not None:
-            self._flush_steps(self.down)
+        super()._flush()
+        self._go_on()
 
-    def _flush_steps(self, down: Outlet) -> None:
-        if down.is_known and not self.history.reaches(down.sent):
-            self._leave_next()
-            self._accuse("dropped", self._own_peer, _DROPPED)
-            return
-        for entry in down.ready(self.history):
-            self._emit(Send(down.link, step_of(entry, after=down.sent)))
-            self.sent_on = max(self.sent_on, entry.serial)
+    def _go_on(self) -> None:
+        """Give the executor what waits, while what comes of it can be sent on before long."""
+        room = self.window - self.unsent_bytes - self._given_positions * self._position_bytes
+        while self._given < len(self._waiting) and room > 0:
+            step = self._waiting[self._given][0]
+            length = step_length(step)
+            room -= length * self._position_bytes
+            if self._given and room < 0:
+                return
+            self._given += 1
+            self._given_positions += length
+            self._emit(Compute(self.number, self.span, step, self.client))
 
-    def _flush_outputs(self) -> None:
-        if self.downlink is None:
-            return
-        if not self.history.reaches(self.downlink.sent, is_downlink=True):
-            if self.downlink.epoch <= self.epoch:  # else its Open comes yet, and may begin anew
-                self._emit(Send(self.downlink.link, self._fault("dropped", _DROPPED)))
-                self._emit(Shut(self.downlink.link))
-                self.downlink = None
-            return
-        for entry in self.downlink.ready(self.history, is_downlink=True):
-            self.sent_on = max(self.sent_on, entry.serial)
-            output = Output(
-                serial=entry.serial,
-                start=entry.start,
-                times=entry.times,
-                payload=entry.payload,
-            )
-            self._emit(Send(self.downlink.link, output))
+    def _drop_waiting(self) -> None:
+        self._waiting.clear()
+        self._given = self._given_positions = self.waiting_bytes = 0
+
+    def _say_evicted(self) -> None:
+        if self._eviction is not None and self.up is not None:
+            message, retry_seconds = self._eviction
+            self._eviction = None
+            self._accuse("evicted", self._own_peer, message, self.span, retry_seconds)
 
     def _give_back(self, link: int, size: int) -> None:
         if link == self.up:
-            for credit in self._inlet.done(size):
+            for credit in self._inlet.done(size, self.window):
                 self._emit(Send(link, credit))
-
-    def _leave_next(self) -> None:
-        if self.down is not None:
-            self._emit(Send(self.down.link, Gone(reason="superseded")))
-            self._emit(Shut(self.down.link))
-            self.down = None
-
-    @property
-    def _own_peer(self) -> str:
-        return self.opened.hops[self.opened.at].peer
-
-    def _passed_on(self) -> Open:
-        return msgspec.structs.replace(self.opened, at=self.opened.at + 1)
 
     def _accuse_sender(self, message: str) -> None:
         opened = self.opened
@@ -357,33 +358,3 @@ class Leg:
             self._accuse("broke_word", before.peer, message, before.span)
         else:
             self._accuse("broke_word", opened.client, message)
-
-    def _accuse(
-        self,
-        failure: FaultKind,
-        peer: str,
-        message: str,
-        span: str = "",
-        retry_seconds: float = 0.0,
-    ) -> None:
-        """Tell the client, by way of the hops before, who failed."""
-        if self.up is not None:
-            fault = self._fault(failure, message, peer, span, retry_seconds)
-            self._emit(Send(self.up, fault))
-
-    def _fault(
-        self,
-        failure: FaultKind,
-        message: str,
-        peer: str = "",
-        span: str = "",
-        retry_seconds: float = 0.0,
-    ) -> Fault:
-        return Fault(
-            epoch=self.epoch,
-            peer=peer or self._own_peer,
-            span=span or self.span,
-            failure=failure,
-            message=message[:512],
-            retry_seconds=retry_seconds,
-        )

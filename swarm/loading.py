@@ -158,9 +158,18 @@ class Loader:
             taken = weight_bytes(description, span, self._dtype, quant, settings.device)
             left = min(left, settings.memory_bytes - taken)
         tokens = cache_tokens(description, token_bytes, left)
+        taken = cache_bytes(tokens, token_bytes, left)
         digests = await in_thread(partial(digests_of, description, span))
         held = holding_of(stack, speeds, Executor(stack, self._thread), tokens)
-        return replace(held, quantization=quant, digests=digests, history_bytes=_history_bytes())
+        beside = _beside_bytes()
+        return replace(
+            held,
+            quantization=quant,
+            digests=digests,
+            cache_bytes=taken,
+            history_bytes=beside,
+            waiting_bytes=beside,
+        )
 
 
 async def load_off_thread(
@@ -208,6 +217,13 @@ def cache_tokens(description: Description, bytes_per_token: int, free_bytes: int
     return max(min(fitting, MOST_CACHE_TOKENS), description.card.context_length)
 
 
+def cache_bytes(tokens: int, bytes_per_token: int, free_bytes: int) -> int:
+    """What the caches of so many tokens may take. Half of what is free, if they do not grow."""
+    if bytes_per_token:
+        return tokens * 2 * bytes_per_token  # as above
+    return int(free_bytes * (1 - HEADROOM)) // 2
+
+
 async def run_in(thread: ComputeThread, work: Callable[[], Result]) -> Result:
     """Run `work` in the compute thread and return what it returns."""
     token = trio.lowlevel.current_trio_token()
@@ -224,8 +240,8 @@ async def run_in(thread: ComputeThread, work: Callable[[], Result]) -> Result:
     return outcomes[0].unwrap()
 
 
-def _history_bytes() -> int:
-    """A tenth of the host memory that is free; what else a session makes us keep lies there too."""
+def _beside_bytes() -> int:
+    """A tenth of the host memory that is free: for histories, and again for steps that wait."""
     return max(free_memory_bytes("cpu") // HISTORY_SHARE, LEAST_HISTORY_BYTES)
 
 

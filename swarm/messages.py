@@ -30,7 +30,15 @@ Mode = Literal["keep", "new", "anew"]
 Wanted = Literal["none", "last", "all"]
 RefusalReason = Literal["full", "draining", "stale", "wrong_model", "span_not_held", "not_allowed"]
 FaultKind = Literal[
-    "closed", "silent", "unreachable", "refused", "draining", "broke_word", "failed", "dropped"
+    "closed",
+    "silent",
+    "unreachable",
+    "refused",
+    "draining",
+    "broke_word",
+    "failed",
+    "dropped",
+    "evicted",
 ]
 
 
@@ -68,7 +76,11 @@ class Wish(msgspec.Struct, frozen=True, array_like=True):
 class Open(Message, frozen=True, tag="open"):
     """Begin a stream of a session or, on a live stream, take its route up again (Reroute).
 
-    `hops` is the whole route and `at` the receiver's place on it; the client signs all but `at`.
+    `hops` is the whole route and `at` the receiver's place on it. `positions`: how many a hop that
+    begins anew will be sent. `window`: how many bytes the sender takes for granted on this stream
+    before Ready; 0: FIRST_CREDIT of `swarm.chain`, and it heeds no window. `prefix`: the digests of
+    the pages that the sender has for this receiver, see `swarm.prefix`. The client signs all but
+    `at` and these three, which each hop sets and other versions may lack.
     """
 
     session: SessionId
@@ -80,16 +92,24 @@ class Open(Message, frozen=True, tag="open"):
     max_tokens: Count
     valid_until: Number  # unix seconds
     signature: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+    positions: Count = 0
+    window: Count = 0
+    prefix: Annotated[bytes, msgspec.Meta(max_length=8192)] = b""
 
     def signed_bytes(self) -> bytes:
-        """What the signature covers: everything but `at`, which each hop counts up."""
-        return msgspec.msgpack.encode(msgspec.structs.replace(self, at=0, signature=b""))
+        """What the signature covers: see above."""
+        bare = msgspec.structs.replace(self, at=0, signature=b"", positions=0, window=0, prefix=b"")
+        return msgspec.msgpack.encode(bare)
 
 
 class Ready(Message, frozen=True, tag="ready"):
-    """To the hop before: the last serial admitted here, 0 for nothing."""
+    """To the hop before: the last serial admitted here, 0 for nothing.
+
+    `window`: how many bytes may be outstanding on this link; 0: FIRST_CREDIT of `swarm.chain`.
+    """
 
     have: Count
+    window: Count = 0
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -135,15 +155,20 @@ class Output(Message, frozen=True, tag="output"):
 
 
 class Credit(Message, frozen=True, tag="credit"):
-    """Against the data: this many more bytes may be sent on this link."""
+    """Against the data: so many bytes sent on this link are dealt with.
+
+    `window`: how many may be outstanding from now on; 0: as many as before.
+    """
 
     more: Count
+    window: Count = 0
 
 
 class Fault(Message, frozen=True, tag="fault"):
     """Up, to the client: under my `epoch`, this hop failed.
 
-    "dropped" accuses nobody: this hop no longer holds what its receiver lacks.
+    "dropped" accuses nobody: this hop no longer holds what its receiver lacks. Nor does "evicted":
+    it no longer holds its cache, and may begin anew here, in `retry_seconds` if that is not 0.
     """
 
     epoch: Count

@@ -22,6 +22,7 @@ from swarm.files import serve_files
 from swarm.gossip import Gossip
 from swarm.identity import Identity
 from swarm.invite import swarm_id_of
+from swarm.legs import WAITING_BYTES
 from swarm.model import Description
 from swarm.pace import Pace, PacedExecutor, Speeds
 from swarm.peers import PeerTable
@@ -57,7 +58,9 @@ class Holding:
     device: str
     quantization: str = "none"
     digests: bytes = b""  # of its blocks, as a record tells them
+    cache_bytes: int = 0  # what the caches may take; 0 if that is not known
     history_bytes: int = HISTORY_BYTES
+    waiting_bytes: int = WAITING_BYTES
     close: Callable[[], None] = lambda: None
 
 
@@ -135,7 +138,9 @@ class Node:
             span=holding.span,
             fingerprint=self._description.fingerprint,
             cache_tokens=holding.cache_tokens,
+            cache_bytes=holding.cache_bytes,
             history_bytes=holding.history_bytes,
+            waiting_bytes=holding.waiting_bytes,
         )
         pace = Pace(holding.speeds)
         executor = PacedExecutor(holding.executor, pace, trio.current_time)

@@ -63,7 +63,8 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     client.is_exact = settings.is_exact
     sampling = sampling_of(card.generation, settings)
     speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
-    async with client.session(len(prompt) + most, route_seconds=settings.route_seconds) as session:
+    patience = settings.route_seconds
+    async with client.session(len(prompt) + most, prompt=prompt, route_seconds=patience) as session:
         opening_seconds = trio.current_time() - began
         made = await generate(
             session,
@@ -137,6 +138,7 @@ def _report(
         "route": route,
         "failovers": session.journal.failovers,
         "replayed_tokens": session.journal.replayed_tokens,
+        "reused_tokens": made.reused_tokens,
         "draft": None,
     }
 

@@ -55,7 +55,7 @@ class PeerRecord(msgspec.Struct, frozen=True, kw_only=True):
     prefill_seconds_per_block_token: Number
     head_seconds: Number = 0.0  # final norm and head, once per step; if the span has the last block
     wait_seconds: Number = 0.0  # expected wait in its queue before a step is computed
-    free_tokens: Count = 0  # room in its cache, still unclaimed
+    free_tokens: Count = 0  # the longest session that it would admit now
     dtype: Line = "float32"
     quantization: Line = "none"
     device: Line = "cpu"

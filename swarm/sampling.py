@@ -109,12 +109,23 @@ class Candidates:
         """
         tokens, logits = self.pool()
         found = np.flatnonzero(tokens == token)
-        if not len(found):
-            return -math.inf
+        return float(logits[found[0]]) - self._total(logits) if len(found) else -math.inf
+
+    def likeliest(self, count: int) -> list[tuple[int, float]]:
+        """The `count` likeliest ids with their log-probabilities, as above: highest first, equal
+        ones by lower id. Fewer if fewer are known or possible.
+        """
+        tokens, logits = self.pool()
+        order = np.lexsort((tokens, -logits))[:count]
+        total = self._total(logits)
+        pairs = zip(tokens[order].tolist(), logits[order].tolist(), strict=True)
+        return [(token, logit - total) for token, logit in pairs if logit > -math.inf]
+
+    def _total(self, logits: Logits) -> float:
+        """Log-sum-exp of all logits, those left out too."""
         every = np.append(logits.astype(np.float64), self.left)
         highest = every.max()
-        total = highest + math.log(np.exp(every - highest).sum())
-        return float(logits[found[0]]) - float(total)
+        return float(highest + math.log(np.exp(every - highest).sum()))
 
 
 def wish_for(

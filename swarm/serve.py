@@ -9,10 +9,10 @@ import logging
 import re
 import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -33,6 +33,7 @@ from swarm.host import open_host
 from swarm.identity import first_free_identity, identity_from
 from swarm.invite import Invite, decode_invite, encode_invite, swarm_id_of
 from swarm.loading import Loader
+from swarm.model import Description
 from swarm.moving import Keeper, open_keeper
 from swarm.node import Node, open_node
 from swarm.notebook import MOST_ADDRESSES, Notebook, SwarmNote, read_notebook, write_notebook
@@ -41,6 +42,9 @@ from swarm.settings import ServeSettings, home
 from swarm.status import status_of
 from swarm.transport import Host
 
+if TYPE_CHECKING:
+    from swarm.gateway.door import Door
+
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 10.0
@@ -48,8 +52,8 @@ MOST_INVITED = 8  # addresses in a join token: it should fit on a screen
 NOTES_SECONDS = 30.0
 
 
-async def serve(settings: ServeSettings, console: Console) -> None:
-    """Serve until told to stop. Raises a SwarmError for whatever the user can mend."""
+async def serve(settings: ServeSettings, console: Console, api: "Door | None" = None) -> None:
+    """Serve until told to stop, HTTP too if `api` says where. A SwarmError the user can mend."""
     identity = (
         identity_from(settings.identity) if settings.identity else first_free_identity(home())
     )
@@ -72,9 +76,7 @@ async def serve(settings: ServeSettings, console: Console) -> None:
             )
         )
         await enter_if_any(host, entry, is_needed=invite is not None)
-        description = named or await describe_swarms(host, invite)
-        check_same_swarm(description, invite)
-        await check_proven(description, settings, console)
+        description = await _described(host, named, invite, settings, console)
         node = await stack.enter_async_context(
             open_node(
                 host,
@@ -97,11 +99,30 @@ async def serve(settings: ServeSettings, console: Console) -> None:
                 note=console.note,
             )
         )
-        await _run(node, keeper, entry.secret, console, notes_path)
+        await _run(node, keeper, entry.secret, console, notes_path, api)
+
+
+async def _described(
+    host: Host,
+    named: Description | None,
+    invite: Invite | None,
+    settings: ServeSettings,
+    console: Console,
+) -> Description:
+    """The model to serve, the swarm's if none is named. BadInput unless it may be served there."""
+    description = named or await describe_swarms(host, invite)
+    check_same_swarm(description, invite)
+    await check_proven(description, settings, console)
+    return description
 
 
 async def _run(
-    node: Node, keeper: Keeper, secret: bytes, console: Console, notes_path: Path
+    node: Node,
+    keeper: Keeper,
+    secret: bytes,
+    console: Console,
+    notes_path: Path,
+    api: "Door | None",
 ) -> None:
     """Serve until told to stop, then drain."""
     stop = trio.Event()
@@ -111,14 +132,33 @@ async def _run(
             nursery.start_soon(_wait_signal, signals, stop)
             nursery.start_soon(_keep_notes, node, secret, notes_path)
             nursery.start_soon(keeper.move_when_needed)
-            facts = {"ready": True, "peer": node.host.peer, "span": node.record().span}
-            console.ready({**facts, "join": encode_invite(invite_of(node, secret)), "api": None})
-            await stop.wait()
-            console.note("draining: no new sessions; Ctrl-C again leaves at once")
-            nursery.start_soon(_leave_at_second, signals, nursery.cancel_scope)
+            async with _api_of(node, secret, api, console) as url:
+                facts = {"ready": True, "peer": node.host.peer, "span": node.record().span}
+                console.ready({**facts, "join": encode_invite(invite_of(node, secret)), "api": url})
+                await stop.wait()
+                console.note("draining: no new sessions; Ctrl-C again leaves at once")
+                nursery.start_soon(_leave_at_second, signals, nursery.cancel_scope)
             await node.drain(DRAIN_SECONDS)
             nursery.cancel_scope.cancel()
     _write_notes(node, secret, notes_path)
+
+
+@asynccontextmanager
+async def _api_of(
+    node: Node, secret: bytes, api: "Door | None", console: Console
+) -> AsyncIterator[str | None]:
+    """The URL of the API, while it is up; None if none is wanted."""
+    if api is None:
+        yield None
+        return
+    from swarm.gateway.entry import open_api
+    from swarm.prompt import open_joined
+
+    async with (
+        open_joined(invite_of(node, secret)) as client,
+        open_api(client, api, console) as url,
+    ):
+        yield url
 
 
 def _answers(node: Node, secret: bytes, stop: trio.Event) -> Answer:

@@ -1,9 +1,11 @@
 """A peer that serves: takes sessions on its span, within its room, from whom it may.
 
 1. Nothing a peer sends is acted on before its Open is checked: signature, time, place, sender.
-2. A leg is admitted only if all tokens it may ever hold fit beside those promised before.
+2. A leg is admitted only if what it brings fits, and its steps run as memory for them is there:
+   see `swarm.budget`. Caches of idle sessions give way; their sessions replay.
 3. A lost up stream costs nothing for one grace time; after it nothing of the leg is left.
-4. What sessions can make us hold beside their tokens is bounded: legs, hints, the size of a result.
+4. What sessions can make us hold beside their tokens is bounded: legs, hints, the size of a result,
+   the steps that wait.
 5. Histories beyond their room are dropped, of the leg that was idle longest first, as far as they
    were sent on: their sessions go on, and only a repair that would need them replays ids instead.
 """
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from routing.span import Span
+from swarm.budget import IDLE_SECONDS, Budget
+from swarm.caches import Caches
 from swarm.chain import Dial, Send, Shut, histories_to_drop
 from swarm.errors import PeerFault, SwarmError
 from swarm.identity import verify
-from swarm.leg import Action, Compute, Forget, Grace
-from swarm.legs import Legs
+from swarm.leg import Action, Begun, Compute, Forget, Fork, Grace, Keep
+from swarm.legs import WAITING_BYTES, Legs
 from swarm.links import Links
 from swarm.messages import (
     CHAIN_PROTOCOL,
@@ -35,6 +39,7 @@ from swarm.messages import (
     payload_bytes,
 )
 from swarm.pulse import Pulse
+from swarm.sharing import KEEP_SECONDS, MOST_KEPT, Sharing
 from swarm.transport import Host, MessageStream, Stream
 from swarm.wire import DEFAULT_LIMITS
 from swarm.worker import Executor, Worker, payload_of
@@ -46,7 +51,7 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_SECONDS = 10.0
 GRACE_SECONDS = 30.0
-RETRY_SECONDS = 5.0
+RETRY_SECONDS = 5.0  # before who found all legs taken asks again
 # How wrong the clocks of two machines may be before one refuses the other's Open.
 CLOCK_SLACK_SECONDS = 300.0
 PREPARE_SECONDS = 10.0
@@ -62,13 +67,20 @@ MOST_RESULT_BYTES = DEFAULT_LIMITS.frame_bytes - DEFAULT_LIMITS.header_bytes
 class Room:
     """What a server takes on: its span, for one model, up to so many tokens of cache.
 
-    `history_bytes` of host memory are for what the sessions' steps came to and was sent on.
+    These take `cache_bytes` of memory; 0 if that is not known, and what caches really take is not
+    looked at. `history_bytes` of host memory are for what the sessions' steps came to and was sent
+    on, `waiting_bytes` for steps that wait. A session without a step for `idle_seconds` is idle.
+    What of `most_kept` sessions that are over is left may stay, for others that begin alike.
     """
 
     span: Span
     fingerprint: str
     cache_tokens: int
+    cache_bytes: int = 0
     history_bytes: int = HISTORY_BYTES
+    waiting_bytes: int = WAITING_BYTES
+    idle_seconds: float = IDLE_SECONDS
+    most_kept: int = MOST_KEPT
 
 
 class Server:
@@ -93,13 +105,20 @@ class Server:
         self._wall_clock = wall_clock
         self._grace_seconds = grace_seconds
         self._worker = Worker(executor, self._done)
+        budget = Budget(
+            room.cache_tokens,
+            room.cache_bytes or room.cache_tokens,
+            idle_seconds=room.idle_seconds,
+        )
+        self._caches = Caches(budget, room.span, self._worker, self._evict)
+        self._sharing = Sharing(room.fingerprint, most_kept=room.most_kept)
         self._graces: dict[int, trio.CancelScope] = {}
         self._preparing: set[str] = set()
 
     @property
     def free_tokens(self) -> int:
-        """Tokens of cache that no leg was promised."""
-        return max(0, self.room.cache_tokens - sum(leg.max_tokens for leg in self._legs.legs()))
+        """The length of the longest session that would be admitted now."""
+        return self._caches.free_tokens if self.sessions < MOST_LEGS else 0
 
     @property
     def sessions(self) -> int:
@@ -108,8 +127,8 @@ class Server:
 
     @property
     def history_bytes(self) -> int:
-        """Bytes of host memory that the histories of all legs take."""
-        return self._legs.history_bytes
+        """Bytes of host memory that the histories of all legs take, and of those kept."""
+        return self._legs.history_bytes + self._sharing.history_bytes
 
     @property
     def is_idle(self) -> bool:
@@ -130,8 +149,10 @@ class Server:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._links = Links(self._host, nursery, self, self._pulse)
-            self._legs = Legs(self._admit, self._links.new_number)
+            waiting = self.room.waiting_bytes
+            self._legs = Legs(self._admit, self._links.new_number, waiting, self._sharing)
             nursery.start_soon(self._worker.run)
+            nursery.start_soon(self._caches.run)
             self._host.serve(CHAIN_PROTOCOL, self._handle)
             is_serving.set()
             try:
@@ -219,13 +240,22 @@ class Server:
         if span is None or not self.room.span.covers(span):
             held = f"blocks {self.room.span} are held here"
             return Refused(reason="span_not_held", message=held)
-        if opened.max_tokens > self.free_tokens or self.sessions >= MOST_LEGS:
-            return Refused(
-                reason="full",
-                message=f"room for {self.free_tokens} tokens is left",
-                retry_seconds=RETRY_SECONDS,
-            )
-        return None
+        if self.sessions >= MOST_LEGS:
+            held = f"{self.sessions} sessions are held here"
+            return Refused(reason="full", message=held, retry_seconds=RETRY_SECONDS)
+        if self._worker.waiting_bytes > self.room.waiting_bytes:  # also of sessions that ended
+            held = "more steps wait here than there is memory for"
+            return Refused(reason="full", message=held, retry_seconds=RETRY_SECONDS)
+        seconds = self._caches.refusal(opened, span)
+        if seconds is None:
+            return None
+        left = f"room for {self.free_tokens} tokens is left"
+        return Refused(reason="full", message=left, retry_seconds=seconds)
+
+    def _evict(self, leg: int, retry_seconds: float) -> None:
+        """Free the cache of a leg, and have its client told when that matters to it."""
+        why = "the memory was needed for others"
+        self._carry_out(self._legs.evict(leg, why, retry_seconds))
 
     def _carry_out(self, actions: list[Action]) -> None:
         if self._is_ending:
@@ -234,27 +264,40 @@ class Server:
             match action:
                 case Dial() | Send() | Shut():
                     self._links.carry_out(action)
-                case Compute(leg=number, span=span, step=step):
-                    self._worker.compute(number, Span.parse(span).blocks, step)
+                case Begun(leg=number, opened=opened):
+                    self._caches.begun(number, opened)
+                case Compute():
+                    self._caches.compute(action)
+                case Fork(leg=number, of=donor, length=length):
+                    self._caches.fork(number, donor, length)
+                case Keep(leg=number):
+                    self._caches.keep(number)
+                    self._begin_grace(number, KEEP_SECONDS)
                 case Forget(leg=number):
-                    self._worker.forget(number)
+                    self._caches.forget(number)
                 case Grace(leg=number, is_running=True):
-                    scope = self._graces[number] = trio.CancelScope()
-                    self._nursery.start_soon(self._wait_grace, number, scope)
+                    self._begin_grace(number, self._grace_seconds)
                 case Grace(leg=number):
                     if number in self._graces:
                         self._graces.pop(number).cancel()
+        self._caches.settle()
         self._save_memory()
 
     def _save_memory(self) -> None:
         excess = self.history_bytes - self.room.history_bytes
         if excess > 0:
-            for number in histories_to_drop(self._legs.spares(), excess):
-                self._legs.drop_history(number)
+            dropped = histories_to_drop(self._legs.spares(), excess)
+            actions = [action for number in dropped for action in self._legs.drop_history(number)]
+            if actions:  # kept legs go altogether
+                self._carry_out(actions)
 
-    async def _wait_grace(self, number: int, scope: trio.CancelScope) -> None:
+    def _begin_grace(self, number: int, seconds: float) -> None:
+        scope = self._graces[number] = trio.CancelScope()
+        self._nursery.start_soon(self._wait_grace, number, seconds, scope)
+
+    async def _wait_grace(self, number: int, seconds: float, scope: trio.CancelScope) -> None:
         with scope:
-            await trio.sleep(self._grace_seconds)
+            await trio.sleep(seconds)
             del self._graces[number]
             self._carry_out(self._legs.grace_over(number))
 
@@ -262,13 +305,17 @@ class Server:
         leg = done.key
         if not isinstance(leg, int):
             raise TypeError(f"a result for {leg!r}, which no leg asked for")
+        if done.serial == 0:  # the leg's cache was to begin as another's, which is no more
+            self._carry_out(self._legs.evict(leg, "what it began with is gone", 0.0))
+            return
+        self._caches.done(leg, done.length, done.cache_bytes if self.room.cache_bytes else 0)
         payload = payload_of(done.output)
         error = done.error
         if error is None and payload_bytes(payload) > MOST_RESULT_BYTES:
             error = f"a result of {payload_bytes(payload)} bytes fits no frame: send shorter steps"
         if error is None:
             time_spent = HopTime(done.seconds, done.waited)
-            actions = self._legs.computed(leg, done.serial, payload, time_spent)
+            actions = self._legs.computed(leg, done.serial, payload, time_spent, done.shortest_fork)
         else:
             log.warning("a step failed: %s", error)
             actions = self._legs.failed(leg, error)

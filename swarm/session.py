@@ -8,6 +8,8 @@ hops keep what they have) or, when in doubt, finds a fresh one over which the wh
 1. Outputs are delivered in order of serial, each wanted serial once.
 2. A serial is never used again for other content.
 3. A trouble is reported for the current epoch only; only `reroute` and `take_route` act on it.
+4. A session that was opened with pages begins with steps of just these, a page each: only then may
+   a hop that holds pages take them for the first steps.
 """
 
 from collections import deque
@@ -15,7 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swarm.chain import Dial, Entry, History, Inlet, Outlet, Payload, Send, Shut, step_of
+from swarm.chain import (
+    EARLY_CREDIT,
+    Dial,
+    Entry,
+    History,
+    Inlet,
+    Outlet,
+    Payload,
+    Send,
+    Shut,
+    step_of,
+)
 from swarm.messages import (
     Attach,
     Close,
@@ -34,6 +47,7 @@ from swarm.messages import (
     Wish,
     payload_bytes,
 )
+from swarm.prefix import PAGE_POSITIONS, Digests, length_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +79,11 @@ Sign = Callable[[Open], Open]
 
 
 class Session:
-    """The client's machine. `sign` stamps and signs each Open; links are named by `new_link`."""
+    """The client's machine. `sign` stamps and signs each Open; links are named by `new_link`.
+
+    `prefix`: the digests of the `page` positions long pages that its first steps will hold, one
+    each (see `swarm.prefix`).
+    """
 
     def __init__(
         self,
@@ -76,6 +94,8 @@ class Session:
         max_tokens: int,
         sign: Sign,
         new_link: Callable[[], int],
+        prefix: Sequence[bytes] = (),
+        page: int = PAGE_POSITIONS,
     ) -> None:
         self.session = session
         self.client = client
@@ -85,11 +105,17 @@ class Session:
         self.route: tuple[HopName, ...] = ()
         self.log = History()
         self.got = 0
+        self.pages = len(prefix)  # how many of the first steps are pages
+        self.shared = 0  # positions of them that the first hop held already
+        self._prefix = tuple(prefix)
+        self._page = page
+        self._paged = Digests(fingerprint, page)
         self._serial = 0
         self._unanswered: deque[tuple[int, int]] = deque()  # serial, start
         self._uplink: Outlet | None = None
         self._downlink: int | None = None
-        self._inlet = Inlet()
+        self._inlet = Inlet(is_fixed=True)
+        self._positions = 0
         self._sign = sign
         self._new_link = new_link
         self._actions: list[Action] = []
@@ -134,8 +160,17 @@ class Session:
     def step(
         self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None
     ) -> list[Action]:
-        """Send inputs for positions from `start`; earlier inputs from there on are rolled back."""
+        """Send inputs for positions from `start`; earlier inputs from there on are rolled back.
+
+        ValueError if the session was opened with pages, and this is not the next of them, or wants
+        an output: a hop that holds the page computes none.
+        """
+        if self._serial < self.pages:
+            self._check_page(start, payload, wanted)
+        else:
+            self._prefix = self._prefix[: start // self._page]
         self._serial += 1
+        self._positions = start + next(iter(payload.values())).shape[1]
         while self._unanswered and self._unanswered[-1][1] >= start:
             self._unanswered.pop()  # it leaves the log: no replay would answer it
         if wanted != "none":
@@ -178,12 +213,13 @@ class Session:
 
     def _from_first(self, uplink: Outlet, message: Message) -> None:
         match message:
-            case Ready(have=have):
-                if not uplink.is_known or have > uplink.sent:
-                    uplink.sent, uplink.is_known = have, True
+            case Ready():
+                if self.epoch == 1:  # in later ones it may have them of this session
+                    self.shared = min(message.have, self.pages) * self._page
+                uplink.is_ready(message)
                 self._flush()
-            case Credit(more=more):
-                uplink.refill(more)
+            case Credit():
+                uplink.refill(message)
                 self._flush()
             case Fault(failure="dropped", epoch=epoch) if epoch == self.epoch:
                 self._actions.append(Trouble("dropped", "", message.span, message.message))
@@ -221,6 +257,15 @@ class Session:
                 self._end_downlink()
                 self._ended_unasked(self.route[-1])
 
+    def _check_page(self, start: int, payload: Payload, wanted: Wanted) -> None:
+        """ValueError unless the next step is the page that the first Open promised."""
+        count = self._serial + 1
+        self._paged.add(start, payload)
+        is_next = start == self._serial * self._page and length_of(payload) == self._page
+        is_page = self._paged.pages == list(self._prefix[:count])
+        if not is_next or not is_page or wanted != "none":
+            raise ValueError(f"the session was opened with another page {count}")
+
     def _ended_unasked(self, hop: HopName) -> None:
         """A hop ended its stream, or said something that makes no sense there."""
         self._actions.append(Trouble("broke_word", hop.peer, hop.span, "it ended its stream"))
@@ -248,6 +293,9 @@ class Session:
                 fingerprint=self.fingerprint,
                 max_tokens=self.max_tokens,
                 valid_until=0.0,
+                positions=self._positions,
+                window=EARLY_CREDIT,
+                prefix=b"" if self.route[0].mode == "anew" else b"".join(self._prefix),
             )
         )
 
@@ -258,7 +306,7 @@ class Session:
 
     def _attach(self) -> None:
         self._downlink = self._new_link()
-        self._inlet = Inlet()
+        self._inlet = Inlet(is_fixed=True)
         last = self.route[-1]
         attach = Attach(session=self.session, epoch=self.epoch, span=last.span, have=self.got)
         self._actions.append(Dial(self._downlink, last.peer, attach))

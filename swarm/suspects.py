@@ -3,6 +3,8 @@
 1. Being suspected costs a peer our custom, never its place: it serves when nobody else can.
 2. A suspicion ends after SUSPICION_SECONDS, when it is the oldest and somebody is needed, or when
    its peer has said something since.
+3. Who has no room is no suspect: it is left alone until the time it named, and after that it is a
+   peer like any other.
 """
 
 from dataclasses import dataclass
@@ -22,10 +24,20 @@ class _Suspicion:
 
 
 class Suspects:
-    """The peers avoided, oldest suspicion first."""
+    """The peers avoided, oldest suspicion first, and those without room."""
 
     def __init__(self) -> None:
         self._suspicions: dict[str, _Suspicion] = {}
+        self._full: dict[str, float] = {}  # until when
+
+    def leave_alone(self, peer: str, until: float) -> None:
+        """The peer has no room before this time."""
+        self._full[peer] = max(until, self._full.get(peer, 0.0))
+
+    def full_at(self, now: float) -> dict[str, float]:
+        """Return who has no room now, and until when."""
+        self._full = {peer: until for peer, until in self._full.items() if until > now}
+        return dict(self._full)
 
     def add(self, peer: str, now: float, rest_seconds: float) -> None:
         """Avoid the peer from now on, and let it rest in any case."""

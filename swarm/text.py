@@ -136,6 +136,15 @@ class Tokens:
             return False
         return self._tokenizer.id_to_token(token) is not None
 
+    @property
+    def size(self) -> int:
+        """One more than the highest id, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def written(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json, added tokens included."""
+        return self._tokenizer.to_str()
+
     def is_byte(self, token: int) -> bool:
         """Tell whether the id is one byte whose text depends on the bytes next to it."""
         if not self._has_byte_runs:

@@ -127,10 +127,11 @@ def _loaded_after(statement: str) -> set[str]:
 
 
 def test_the_thin_client_imports_no_torch() -> None:
-    loaded = _loaded_after("import swarm.prompt, swarm.host")
+    loaded = _loaded_after("import swarm.prompt, swarm.host, swarm.gateway.entry")
     assert not loaded & {"torch", "transformers", "bitsandbytes"}
 
 
 def test_status_and_help_import_neither_libp2p_nor_torch_nor_trio() -> None:
     loaded = _loaded_after("import cli, swarm.status, swarm.console")
-    assert not loaded & {"torch", "transformers", "libp2p", "trio", "numpy"}
+    heavy = {"torch", "transformers", "libp2p", "trio", "numpy", "starlette", "h11"}
+    assert not loaded & heavy

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,3 +12,21 @@ Join = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", envvar="SWARM_JSON", help="Print JSON on stdout.")]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar="SWARM_API_KEY",
+        metavar="KEY",
+        help="Who asks the API must show it. May be repeated. Default: nobody needs one.",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        envvar="SWARM_API_KEY_FILE",
+        metavar="FILE",
+        help="A file with such keys, one a line.",
+    ),
+]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from swarm.commands.options import Join, Json
+from swarm.commands.options import ApiKey, ApiKeyFile, Join, Json
 
 
 def serve(
@@ -98,6 +98,16 @@ def serve(
         int | None,
         typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
     ] = None,
+    api: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SWARM_API",
+            metavar="HOST:PORT",
+            help="Answer OpenAI's API there, too. Without HOST: on loopback.",
+        ),
+    ] = None,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
     unproven: Annotated[
         bool,
         typer.Option(
@@ -140,9 +150,17 @@ def serve(
             from swarm.invite import decode_invite
 
             decode_invite(join)  # a damaged token is told before torch is loaded
+        door = None
+        if api is not None:
+            from swarm.gateway.door import open_door
+            from swarm.gateway.settings import GatewaySettings, parse_address, read_keys
+
+            address, number = parse_address(api)
+            keys = read_keys(tuple(api_key or ()), api_key_file)
+            door = open_door(GatewaySettings(host=address, port=number, keys=keys))
         import trio
 
         from swarm.serve import serve as run_server
 
         with Console(is_json=as_json) as console:
-            trio.run(run_server, settings, console)
+            trio.run(run_server, settings, console, door)

@@ -1,13 +1,11 @@
-"""What is computed next: legs take turns, and what can share a pass shares one."""
+"""What is computed next: legs share passes, and kinds of passes take turns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from blocks.batching import SPARE_PLACES, Shape, StepQueue
+from blocks.batching import MOST_PASSED_OVER, SPARE_PLACES, Service, Shape, StepQueue
 
 
 @dataclass(frozen=True)
@@ -15,20 +13,35 @@ class Job:
     key: str
     shape: Shape | None
     number: int = 0
+    client: str = ""
 
 
-def step(key: str, start: int, positions: int = 1, kind: str = "plain", number: int = 0) -> Job:
-    return Job(key, Shape(start, positions, kind), number)
+def step(
+    key: str,
+    start: int,
+    positions: int = 1,
+    kind: str | None = "plain",
+    *,
+    most: int = 4,
+    service: Service = Service.FILL,
+    client: str = "",
+) -> Job:
+    return Job(key, Shape(start, positions, kind, most, service=service), client=client or key)
 
 
-def decode(key: str, start: int = 5, kind: str = "plain", number: int = 0) -> Job:
-    return Job(key, Shape(start, 1, kind, is_decode=True), number)
+def decode(key: str, start: int = 5, *, most: int = 8, client: str = "") -> Job:
+    shape = Shape(start, 1, "plain", most, is_decode=True, service=Service.DECODE)
+    return Job(key, shape, client=client or key)
+
+
+def verify(key: str, start: int = 5) -> Job:
+    return step(key, start, 3, service=Service.DECODE)
 
 
 def taken(
-    *jobs: Job, most: int = 4, joint: int = 1, can_join: Callable[[Job], bool] | None = None
+    *jobs: Job, joint: int = 1, can_join: Callable[[Job], bool] | None = None
 ) -> list[list[Job]]:
-    queue: StepQueue[Job] = StepQueue(most, joint)
+    queue: StepQueue[Job] = StepQueue(joint)
     for job in jobs:
         queue.add(job)
     passes = []
@@ -55,12 +68,17 @@ def test_steps_of_a_leg_that_follow_each_other_share_a_pass() -> None:
         step("a", 2),  # a rollback
         step("a", 3, kind="other"),
         step("a", 3, positions=4),  # no room
-        Job("a", None),  # a leg to be freed
+        Job("a", None),  # an errand
     ],
 )
 def test_what_does_not_go_on_has_a_pass_of_its_own(second: Job) -> None:
     first = step("a", 2)
     assert taken(first, second) == [[first], [second]]
+
+
+def test_steps_of_no_kind_have_passes_of_their_own() -> None:
+    padded = [step("a", start, kind=None) for start in range(2)]
+    assert taken(*padded) == [[padded[0]], [padded[1]]]
 
 
 def test_a_step_larger_than_a_pass_goes_alone() -> None:
@@ -70,19 +88,27 @@ def test_a_step_larger_than_a_pass_goes_alone() -> None:
 
 def test_legs_take_turns() -> None:
     replay = [step("a", start) for start in range(8)]
-    decode = step("b", 70)
-    assert taken(*replay, decode) == [replay[:4], [decode], replay[4:]]
+    other = step("b", 70)
+    assert taken(*replay, other) == [replay[:4], [other], replay[4:]]
 
 
-@pytest.mark.parametrize("most", [(0, 1), (1, 0)])
-def test_a_pass_without_room_cannot_be(most: tuple[int, int]) -> None:
+def test_a_client_of_many_legs_has_no_more_turns_than_one_of_one() -> None:
+    many = [step(key, 0, 4, client="many") for key in "abc"]
+    one = [step("z", start, 4) for start in (0, 4, 8)]
+    passes = taken(*many, *one)
+    assert passes == [[many[0]], [one[0]], [many[1]], [one[1]], [many[2]], [one[2]]]
+
+
+def test_a_pass_without_room_cannot_be() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        StepQueue(*most)
+        StepQueue(0)
+    with pytest.raises(ValueError, match="at least one"):
+        Shape(0, 1, "plain", 0)
 
 
 def test_a_decode_step_has_one_position() -> None:
     with pytest.raises(ValueError, match="has one position, not 2"):
-        Shape(0, 2, "plain", is_decode=True)
+        Shape(0, 2, "plain", 4, is_decode=True)
 
 
 def test_decode_steps_of_several_legs_share_a_pass_in_the_order_of_their_turns() -> None:
@@ -90,9 +116,13 @@ def test_decode_steps_of_several_legs_share_a_pass_in_the_order_of_their_turns()
     assert joined(*jobs) == [jobs[:3], jobs[3:]]
 
 
-def test_decode_steps_of_another_kind_have_a_pass_of_their_own() -> None:
-    a, b, c, d = decode("a"), decode("b", kind="other"), decode("c"), decode("d", kind="other")
-    assert joined(a, b, c, d) == [[a, c], [b, d]]
+def test_a_joint_pass_takes_one_step_of_each_client_before_a_second_of_any() -> None:
+    many = [decode(key, client="many") for key in "abcde"]
+    one, other = decode("y"), decode("z")
+    assert joined(*many, one, other, joint=4) == [
+        [many[0], one, other, many[1]],
+        many[2:],
+    ]
 
 
 def test_a_leg_that_cannot_join_has_its_turn_alone() -> None:
@@ -101,10 +131,33 @@ def test_a_leg_that_cannot_join_has_its_turn_alone() -> None:
     assert passes == [[jobs[0], jobs[2]], [jobs[1]]]
 
 
+def test_joint_passes_have_no_more_legs_than_a_step_in_them_allows() -> None:
+    jobs = [decode("a"), decode("b"), decode("c", most=2), decode("d")]
+    assert joined(*jobs, joint=4) == [[jobs[0], jobs[1], jobs[3]], [jobs[2]]]
+
+
 def test_a_leg_with_several_steps_that_follow_each_other_runs_them_itself() -> None:
-    replay = [decode("r", start) for start in range(6)]
+    replay = [
+        Job("r", Shape(start, 1, "plain", 4, is_decode=True, service=Service.DECODE))
+        for start in range(6)
+    ]
     a, b = decode("a"), decode("b")
     assert joined(*replay, a, b) == [[a, b], replay[:4], replay[4:]]
+
+
+def test_a_decode_step_becomes_a_replay_when_another_goes_on_from_it() -> None:
+    queue: StepQueue[Job] = StepQueue(3)
+    first, other = [decode("a", 5), decode("b")]
+    fill = step("c", 0, 4)
+    for job in (fill, first):
+        queue.add(job)
+    assert queue.take(lambda job: True) == [first]
+    queue.add(decode("a", 6))
+    queue.add(other)
+    assert queue.take(lambda job: True) == [fill]
+    queue.add(decode("a", 7))
+    assert queue.take(lambda job: True) == [other]
+    assert queue.take(lambda job: True) == [decode("a", 6), decode("a", 7)]
 
 
 def test_replays_and_decode_steps_take_turns_however_many_legs_replay() -> None:
@@ -119,6 +172,31 @@ def test_replays_and_decode_steps_take_turns_however_many_legs_replay() -> None:
         first[4:],
         second[4:],
     ]
+
+
+def test_short_steps_wait_for_one_fill_at_most_however_many_fill() -> None:
+    fills = [step(key, 0, 4) for key in "rst"]
+    shorts = [verify("a"), verify("b")]
+    a, b, c = fills
+    assert taken(*fills, *shorts) == [[shorts[0]], [a], [shorts[1]], [b], [c]]
+
+
+def test_training_waits_until_nothing_else_does() -> None:
+    train = step("t", 0, 4, service=Service.TRAIN)
+    a, b, c = step("a", 0, 4), decode("b"), verify("c")
+    assert joined(train, a, b, c) == [[b], [c], [a], [train]]
+
+
+def test_training_does_not_wait_for_ever() -> None:
+    queue: StepQueue[Job] = StepQueue(1)
+    train = step("t", 0, 4, service=Service.TRAIN)
+    queue.add(train)
+    for number in range(MOST_PASSED_OVER):
+        other = step("a", 4 * number, 4)
+        queue.add(other)
+        assert queue.take() == [other]
+    queue.add(step("a", 4 * MOST_PASSED_OVER, 4))
+    assert queue.take() == [train]
 
 
 def test_a_leg_gives_one_step_to_a_joint_pass_even_if_more_wait() -> None:
@@ -141,102 +219,32 @@ def test_little_padding_is_always_allowed() -> None:
     assert joined(*jobs, joint=8) == [jobs]
 
 
+def test_an_errand_takes_nobodys_turn_but_waits_for_its_legs_steps() -> None:
+    a, b, errand, late = step("a", 0, 4), step("b", 0, 4), Job("c", None), Job("b", None)
+    assert taken(a, b, errand, late) == [[errand], [a], [b], [late]]
+
+
+def test_what_waits_of_a_leg_may_be_changed_or_taken_out() -> None:
+    queue: StepQueue[Job] = StepQueue(1)
+    jobs = [step("a", start, 4) for start in (0, 4, 8)]
+    for job in (*jobs, step("b", 0, 4)):
+        queue.add(job)
+    assert queue.take() == jobs[:1]
+    errand = Job("a", None)
+    queue.change("a", lambda job: None if job == jobs[1] else errand)
+    queue.change("nobody", lambda job: None)
+    assert len(queue) == 2
+    assert queue.take() == [errand]
+    assert queue.take() == [step("b", 0, 4)]
+    queue.add(jobs[0])
+    queue.change("a", lambda job: None)
+    assert (len(queue), queue.take()) == (0, [])
+
+
 def test_what_is_cleared_is_gone() -> None:
-    queue: StepQueue[Job] = StepQueue(4)
+    queue: StepQueue[Job] = StepQueue()
     queue.add(step("a", 0))
     queue.clear()
     assert queue.take() == []
-
-
-jobs = st.lists(
-    st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.integers(1, 3), st.sampled_from("xy"))
-)
-
-
-@given(jobs)
-def test_each_job_leaves_once_and_in_the_order_of_its_leg(
-    told: list[tuple[str, int, int, str]],
-) -> None:
-    waiting = [step(*each, number=number) for number, each in enumerate(told)]
-    passes = taken(*waiting)
-    left = [job for each in passes for job in each]
-    assert sorted(job.number for job in left) == list(range(len(waiting)))
-    for key in "abc":
-        numbers = [job.number for job in left if job.key == key]
-        assert numbers == sorted(numbers)
-    for each in passes:
-        assert len({job.key for job in each}) == 1
-        sizes = [job.shape.positions for job in each if job.shape]
-        assert len(each) == 1 or sum(sizes) <= 4
-
-
-waiting_jobs = st.lists(
-    st.builds(
-        lambda key, start, kind, is_decode: (
-            decode(key, start, kind) if is_decode else step(key, start, 2, kind)
-        ),
-        st.sampled_from("abcde"),
-        st.integers(0, 6),
-        st.sampled_from("xy"),
-        st.booleans(),
-    )
-)
-
-
-@given(st.lists(st.tuples(waiting_jobs, st.integers(0, 4))), st.sets(st.sampled_from("abcde")))
-def test_with_joint_passes_too_each_job_leaves_once_and_in_the_order_of_its_leg(
-    rounds: list[tuple[list[Job], int]], able: set[str]
-) -> None:
-    queue: StepQueue[Job] = StepQueue(4, 3)
-    told: dict[str, list[Job]] = {key: [] for key in "abcde"}
-    left: dict[str, list[Job]] = {key: [] for key in "abcde"}
-
-    def take() -> None:
-        passed = queue.take(lambda job: job.key in able)
-        for job in passed:
-            left[job.key].append(job)
-        if len({job.key for job in passed}) > 1:
-            assert len({job.key for job in passed}) == len(passed) <= 3
-            assert {job.key for job in passed} <= able
-            assert all(job.shape is not None and job.shape.is_decode for job in passed)
-            assert len({job.shape.kind for job in passed if job.shape is not None}) == 1
-
-    for jobs, takes in rounds:
-        for job in jobs:
-            queue.add(job)
-            told[job.key].append(job)
-        for _ in range(takes):
-            take()
-    while len(queue):
-        take()
-    assert left == told
-
-
-@given(waiting_jobs, st.sets(st.sampled_from("abcde")))
-def test_kinds_of_passes_take_turns_and_so_do_legs(jobs: list[Job], able: set[str]) -> None:
-    lines: dict[str, list[Job]] = {}
-    for job in jobs:
-        lines.setdefault(job.key, []).append(job)
-    passes = taken(*jobs, joint=3, can_join=lambda job: job.key in able)
-    last: str | None = None
-    for each in passes:
-        waiting = {kind_of(line, able) for line in lines.values() if line}
-        kind = kind_of(lines[each[0].key], able)
-        assert kind != last or waiting == {kind}
-        last = kind
-        for job in each:
-            assert lines[job.key].pop(0) is job
-    for key in lines:
-        turns = [place for place, each in enumerate(passes) if key in {job.key for job in each}]
-        gaps = [after - before for before, after in zip([-1, *turns], turns, strict=False)]
-        assert max(gaps) <= 2 * len(lines)  # each of the others first, each behind another kind
-
-
-def kind_of(line: list[Job], able: set[str]) -> str | None:
-    """The kind of joint pass that a line's first step asks for, None if it begins a run."""
-    first = line[0].shape
-    assert first is not None
-    after = line[1].shape if len(line) > 1 else None
-    if not first.is_decode or line[0].key not in able or (after and after.follows(first)):
-        return None
-    return str(first.kind)
+    queue.add(step("b", 0))
+    assert queue.take() == [step("b", 0)]

@@ -1,5 +1,6 @@
 """Decode steps of many sessions share a pass, and each comes to what it comes to alone."""
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -7,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_executor import collected, done, ids_job
+from test_executor import PATIENCE_SECONDS, collected, done, ids_job
 from test_executor_passes import alone, held_up, passes, replay, together
 from tiny_models import BLOCKS, VOCABULARY, TinyModel, some_ids
 
-from blocks import executor as executor_module
 from blocks.codec import Payload, from_raw, to_raw
 from blocks.ends import CandidateWish
-from blocks.executor import Done, Executor, FreeJob, StepJob
+from blocks.executor import Bounds, Done, Executor, FreeJob, StepJob
 from blocks.load import load_stack
+from blocks.returns import Returns
 from blocks.thread import ComputeThread
 
 Get = Callable[[str, bool], TinyModel]
@@ -170,10 +171,11 @@ def test_a_session_freed_before_its_step_or_after_it_disturbs_no_other(
             whole.submit(job)
     for_all = collected(whole, 5)
     results = {(done.key, done.serial): done for done in for_all}
-    assert sorted(passes(for_all)) == [3]
-    assert_as_alone([results[key, 1] for key in "acd"], theirs)
-    for key in [("b", 1), ("c", 2)]:
-        assert "but 0 are held" in (results[key].error or "")
+    assert sorted(passes(for_all)) == [2]
+    assert_as_alone([results[key, 1] for key in "ad"], theirs)
+    assert "but 0 are held" in (results["b", 1].error or "")
+    assert "was freed before" in (results["c", 1].error or "")
+    assert "but 0 are held" in (results["c", 2].error or "")
     assert len(whole._legs) == 2
 
 
@@ -183,17 +185,14 @@ def test_a_session_freed_before_its_step_or_after_it_disturbs_no_other(
         {"release": True},
         {"payload": {"ids": to_raw(some_ids(1)), "mask": to_raw(torch.ones(1, 10).long())}},
         {"payload": {"ids": to_raw(some_ids(2))}},
-        {"outputs": "none"},
-        {"stop": 4},
     ],
 )
-def test_a_step_of_another_kind_is_not_joined(
+def test_a_step_that_is_released_padded_or_longer_is_not_joined(
     llama: TinyModel, thread: ComputeThread, whole: Executor, changes: dict[str, Any]
 ) -> None:
     sessions = all_sessions(llama, thread)
     theirs = expected(llama, thread, sessions)
-    stop = {"stop": changes["stop"]} if "stop" in changes else {}
-    alone(whole, [replace(sessions["a"][0], **stop), *(sessions[key][0] for key in "bcd")])
+    alone(whole, [jobs[0] for jobs in sessions.values()])
     jobs = [replace(sessions["a"][1], **changes), *(sessions[key][1] for key in "bcd")]
     results = together(whole, thread, jobs)
     assert sorted(passes(results))[-1] == 3
@@ -231,13 +230,12 @@ def test_sessions_of_a_family_that_cannot_join_run_one_by_one(
 
 
 def test_a_replay_and_the_steps_of_others_take_turns(
-    llama: TinyModel, thread: ComputeThread, whole: Executor, monkeypatch: pytest.MonkeyPatch
+    llama: TinyModel, thread: ComputeThread
 ) -> None:
-    monkeypatch.setattr(executor_module, "MOST_JOINED", 4)
-    monkeypatch.setattr(executor_module, "MOST_JOINT", 2)
+    bounds = Bounds(chunk_positions=4, joint_legs=2)
     sessions = all_sessions(llama, thread)
     theirs = expected(llama, thread, sessions)
-    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread)) as executor:
+    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread, bounds)) as executor:
         alone(executor, [jobs[0] for jobs in sessions.values()])
         decodes = [jobs[1] for jobs in sessions.values()]
         results = together(executor, thread, [*replay(*WHOLE, key="leg"), *decodes])
@@ -247,17 +245,17 @@ def test_a_replay_and_the_steps_of_others_take_turns(
 
 
 def test_the_legs_of_a_joint_pass_are_bounded_by_their_logits_too(
-    llama: TinyModel, thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
+    llama: TinyModel, thread: ComputeThread
 ) -> None:
-    monkeypatch.setattr(executor_module, "MOST_LOGIT_BYTES", 3 * 4 * VOCABULARY)
+    bounds = Bounds(logit_bytes=3 * 4 * VOCABULARY)
     sessions = all_sessions(llama, thread, candidates=CandidateWish(2))
-    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread)) as executor:
+    with closing(Executor(load_stack(llama.checkpoint, *WHOLE), thread, bounds)) as executor:
         alone(executor, [jobs[0] for jobs in sessions.values()])
         results = together(executor, thread, [jobs[1] for jobs in sessions.values()])
         assert passes(results) == [3, 1]
 
 
-def test_sessions_that_cannot_join_keep_the_order_of_their_turns(
+def test_sessions_that_cannot_join_decode_in_the_order_of_their_turns(
     tiny_model: Get, thread: ComputeThread
 ) -> None:
     model, span = tiny_model("deepseek_v4", True), (2, 5)
@@ -267,4 +265,44 @@ def test_sessions_that_cannot_join_keep_the_order_of_their_turns(
         waiting = [sessions["a"][1], *sessions["c"][1:], sessions["b"][1]]
         results = together(executor, thread, waiting)
         order = [(done.key, done.run.positions) for done in results if done.run is not None]
-        assert order == [("a", 1), ("c", STEPS), ("b", 1)]
+        assert order == [("c", STEPS), ("a", 1), ("b", 1)]  # the one before was no replay
+
+
+class Patient(Returns):
+    """Waits for whoever comes, and tells that it waits."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.is_asked = threading.Event()
+        self.seconds = seconds
+
+    def worth_waiting(self, now: float, pass_seconds: float) -> float:
+        self.is_asked.set()
+        return self.seconds
+
+
+def test_a_joint_pass_waits_for_those_who_are_about_to_come(
+    llama: TinyModel, thread: ComputeThread, whole: Executor
+) -> None:
+    sessions = all_sessions(llama, thread)
+    theirs = expected(llama, thread, sessions)
+    alone(whole, [jobs[0] for jobs in sessions.values()])
+    whole._returns = patient = Patient(PATIENCE_SECONDS)
+    whole.submit(sessions["a"][1])
+    assert patient.is_asked.wait(PATIENCE_SECONDS)
+    patient.seconds = 0.0  # all are here that were waited for
+    whole.submit(sessions["b"][1])
+    results = collected(whole, 2)
+    assert passes(results) == [2]
+    assert_as_alone(results, theirs)
+
+
+def test_nobody_who_does_not_come_holds_up_a_pass_for_long(
+    llama: TinyModel, thread: ComputeThread, whole: Executor
+) -> None:
+    sessions = all_sessions(llama, thread)
+    alone(whole, [jobs[0] for jobs in sessions.values()])
+    whole._returns = patient = Patient(0.001)
+    whole.submit(sessions["a"][1])  # and the others never come
+    assert passes(collected(whole, 1)) == [1]
+    assert patient.is_asked.is_set()

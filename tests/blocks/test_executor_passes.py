@@ -10,10 +10,9 @@ import torch
 from test_executor import collected
 from tiny_models import BLOCKS, VOCABULARY, TinyModel, some_ids
 
-from blocks import executor as executor_module
 from blocks.codec import from_raw, to_raw
 from blocks.ends import CandidateWish
-from blocks.executor import Done, Executor, FreeJob, StepJob
+from blocks.executor import Bounds, Done, Executor, FreeJob, StepJob
 from blocks.load import load_stack
 from blocks.thread import ComputeThread
 
@@ -116,21 +115,20 @@ def _with_sides(
 
 
 def test_a_large_replay_takes_passes_of_bounded_size(
-    llama: TinyModel, thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
+    llama: TinyModel, thread: ComputeThread
 ) -> None:
-    monkeypatch.setattr(executor_module, "MOST_JOINED", 4)
-    executor = Executor(load_stack(llama.checkpoint, 0, 2), thread)
+    executor = Executor(load_stack(llama.checkpoint, 0, 2), thread, Bounds(chunk_positions=4))
     assert passes(together(executor, thread, replay(0, 2))) == [4, 4, 2]
     executor.close()
 
 
-def test_the_logits_of_a_pass_are_bounded_too(
-    llama: TinyModel, thread: ComputeThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(executor_module, "MOST_LOGIT_BYTES", 5 * 4 * VOCABULARY)
-    executor = Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread)
+def test_the_logits_of_a_pass_are_bounded_too(llama: TinyModel, thread: ComputeThread) -> None:
+    bounds = Bounds(logit_bytes=5 * 4 * VOCABULARY)
+    executor = Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread, bounds)
     jobs = replay(0, BLOCKS, candidates=CandidateWish(4))
     assert passes(together(executor, thread, jobs)) == [5, 5]
+    silent = replay(0, BLOCKS, candidates=CandidateWish(4), outputs="none", key="silent")
+    assert passes(together(executor, thread, silent)) == [STEPS]  # it asks for no logits
     executor.close()
 
 
@@ -182,7 +180,7 @@ def test_padded_steps_share_no_pass(llama: TinyModel, thread: ComputeThread) -> 
     executor.close()
 
 
-def test_a_leg_that_is_freed_among_its_steps_begins_again(
+def test_the_steps_of_a_leg_that_is_freed_are_not_computed_and_it_begins_again(
     llama: TinyModel, thread: ComputeThread
 ) -> None:
     executor = Executor(load_stack(llama.checkpoint, 0, BLOCKS), thread)
@@ -194,6 +192,9 @@ def test_a_leg_that_is_freed_among_its_steps_begins_again(
         for job in jobs[:2]:
             executor.submit(job)
     results = collected(executor, 5)
-    assert passes(results) == [3, 2]
+    assert [done.serial for done in results] == [1, 2, 3, 1, 2]
+    assert [done.error is None for done in results] == [False] * 3 + [True] * 2
+    assert not any(done.fault for done in results)
+    assert passes(results) == [2]
     assert results[-1].length == 2
     executor.close()

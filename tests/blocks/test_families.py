@@ -172,7 +172,7 @@ def _halve_gradients(stack: Stack) -> None:
 def _swap_rows(stack: Stack) -> None:
     run_joined = stack.run_joined
     stack.run_joined = (  # type: ignore[method-assign]
-        lambda *args, **named: run_joined(*args, **named).flip(0)
+        lambda *args, **named: run_joined(*args, **named)[::-1]
     )
 
 

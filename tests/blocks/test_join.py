@@ -42,8 +42,7 @@ def joined_logits(
     """One step of all sessions through all stacks: logits [N, vocabulary]."""
     values: Sequence[torch.Tensor] = ids
     for stack, held in zip(stacks, caches, strict=True):
-        wanted = 1 if stack.holds_head else None
-        values = stack.run_joined(values, held, logits_for=wanted).split(1)
+        values = stack.run_joined(values, held, wants_logits=[stack.holds_head] * len(held))
     return torch.cat(list(values))[:, 0]
 
 
@@ -91,10 +90,11 @@ def test_hidden_states_join_as_ids_do(llama: TinyModel) -> None:
     texts = [some_ids(4, seed=1), some_ids(7, seed=2)]
     hidden = [first.run(text) for text in texts]
     (caches,) = sessions([rest], [states[:, :-1] for states in hidden])
-    joined = rest.run_joined([states[:, -1:] for states in hidden], caches)
-    assert joined.shape == (2, 1, 32)
+    last = [states[:, -1:] for states in hidden]
+    joined = rest.run_joined(last, caches)
+    assert [row.shape for row in joined] == [(1, 1, 32)] * 2
     for row, text in zip(joined, texts, strict=True):
-        assert_same(row, stack.run(text)[0, -1:])
+        assert_same(row, stack.run(text)[:, -1:])
 
 
 def test_one_session_runs_without_a_joined_cache(
@@ -102,8 +102,8 @@ def test_one_session_runs_without_a_joined_cache(
 ) -> None:
     stack = load_stack(llama.checkpoint, 0, BLOCKS)
     (caches,) = sessions([stack], [some_ids(4)])
-    monkeypatch.delattr("blocks.stack.JoinedCache")
-    ours = stack.run_joined([some_ids(1, seed=1)], caches, logits_for=1)
+    monkeypatch.delattr("blocks.joint.JoinedCache")
+    (ours,) = stack.run_joined([some_ids(1, seed=1)], caches, wants_logits=[True])
     both = torch.cat([some_ids(4), some_ids(1, seed=1)], dim=1)
     assert_same(ours, whole_logits(llama, both)[:, -1:])
 
@@ -126,9 +126,10 @@ def test_a_family_that_counts_positions_itself_joins_only_behind_its_embedding(
     assert rest.why_not_joined is None
     hidden = [first.run(some_ids(length, seed=length)) for length in (6, 3)]
     (caches,) = sessions([rest], [states[:, :-1] for states in hidden])
-    joined = rest.run_joined([states[:, -1:] for states in hidden], caches, logits_for=1)
+    last = [states[:, -1:] for states in hidden]
+    joined = rest.run_joined(last, caches, wants_logits=[True, True])
     for row, states in zip(joined, hidden, strict=True):
-        assert_same(row, rest.run(states, logits_for=1)[0])
+        assert_same(row, rest.run(states, logits_for=1))
 
 
 def test_layers_that_count_positions_by_the_caches_length_are_refused(tiny_model: Get) -> None:
@@ -149,29 +150,26 @@ def test_a_kind_of_cache_nobody_has_looked_at_is_refused(llama: TinyModel) -> No
 
 
 @pytest.mark.parametrize(
-    ("inputs", "which", "wanted", "reason"),
+    ("inputs", "which", "reason"),
     [
-        ([some_ids(1), some_ids(2)], (0, 1), None, "one position of one row"),
-        ([some_ids(1), some_ids(1, rows=2)], (0, 1), None, "2 rows follow a past of 1"),
-        ([some_ids(1), some_ids(1)], (0, 2), None, "and with a past"),
-        ([some_ids(1), some_ids(1)], (0, 0), None, "one step at a time"),
-        ([some_ids(1), torch.zeros(1, 1, 32)], (0, 1), None, "either ids or hidden states"),
-        ([some_ids(1), torch.full((1, 1), 96)], (0, 1), None, "below the vocabulary"),
-        ([some_ids(1), some_ids(1)], (0, 1), 2, "cannot give the logits"),
+        ([some_ids(1), some_ids(2)], (0, 1), "one position of one row"),
+        ([some_ids(1), some_ids(1, rows=2)], (0, 1), "2 rows follow a past of 1"),
+        ([some_ids(1), some_ids(1)], (0, 2), "and with a past"),
+        ([some_ids(1), some_ids(1)], (0, 0), "one step at a time"),
+        ([some_ids(1), torch.full((1, 1), 96)], (0, 1), "below the vocabulary"),
     ],
 )
 def test_sessions_that_cannot_join_are_the_callers_fault_and_unharmed(
     llama: TinyModel,
     inputs: list[torch.Tensor],
     which: tuple[int, ...],
-    wanted: int | None,
     reason: str,
 ) -> None:
     stack = load_stack(llama.checkpoint, 0, BLOCKS)
     (caches,) = sessions([stack], [some_ids(4), some_ids(3)])
     caches.append(stack.new_cache())
     with pytest.raises(StepError, match=reason):
-        stack.run_joined(inputs, [caches[number] for number in which], logits_for=wanted)
+        stack.run_joined(inputs, [caches[number] for number in which])
     assert [(cache.length, cache.is_torn) for cache in caches] == [
         (4, False),
         (3, False),

@@ -174,8 +174,8 @@ def test_joined_sessions_bring_their_sides(tiny_model: Get, family: str) -> None
     sides = [Sides() for _ in texts]
     for number, stack in enumerate(stacks):
         held = [own[number] for own in caches]
-        wanted = 1 if stack.holds_head else None
-        values = stack.run_joined(values, held, logits_for=wanted, sides=sides).split(1)
+        wanted = [stack.holds_head] * len(held)
+        values = stack.run_joined(values, held, wants_logits=wanted, sides=sides)
     for row, text in zip(values, texts, strict=True):
         torch.testing.assert_close(row[0], whole_logits(model, text)[0, -1:], rtol=0, atol=2e-5)
 

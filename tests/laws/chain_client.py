@@ -11,6 +11,7 @@ from random import Random
 from chain_stack import VOCABULARY, numbers_of, payload_of, reference
 
 from swarm.messages import Attach, HopName, Message, Mode, Open, Output
+from swarm.prefix import Digests
 from swarm.session import Action, Session, Trouble
 
 CLIENT = "client"
@@ -37,6 +38,9 @@ class Scenario:
     repairs_in_place: bool = False
     room: int = 1000  # legs that one peer takes
     history_bytes: int = 1 << 40  # that one peer keeps
+    waiting_bytes: int = 1 << 40  # of steps that may wait at one peer
+    page: int = 0  # positions of a page, of 8 bytes each; 0: nothing is shared
+    before: tuple[int, ...] = ()  # the prompt of a session that came to its end before this one
 
     @property
     def blocks(self) -> int:
@@ -54,15 +58,25 @@ def unsigned(opened: Open) -> Open:
 class Client:
     """Feeds a session with steps and repairs, as a generating caller would."""
 
-    def __init__(self, scenario: Scenario, new_link: Callable[[], int]) -> None:
+    def __init__(
+        self, scenario: Scenario, new_link: Callable[[], int], session: bytes = b"s" * 16
+    ) -> None:
         self.scenario = scenario
+        page = scenario.page or 1
+        self.pages = (len(scenario.prompt) - 1) // page if scenario.page else 0
+        digests = Digests("f", page)
+        if self.pages:
+            prompt = scenario.prompt[: self.pages * page]
+            digests.add(0, payload_of("ids", prompt, scenario.weight))
         self.session = Session(
-            session=b"s" * 16,
+            session=session,
             client=CLIENT,
             fingerprint="f",
             max_tokens=64,
             sign=unsigned,
             new_link=new_link,
+            prefix=digests.pages,
+            page=page,
         )
         self.ids = list(scenario.prompt)
         self.prefixes: dict[int, tuple[int, ...]] = {}  # what the steps' last positions follow
@@ -83,8 +97,11 @@ class Client:
     def start(self) -> list[Action]:
         route = [(peer_name(peer), span) for peer, span in self.scenario.route]
         actions = self.session.take_route(route)
-        prompt, chunk = self.scenario.prompt, self.scenario.chunk
-        for begin in range(0, len(prompt), chunk):
+        prompt, chunk, page = self.scenario.prompt, self.scenario.chunk, self.scenario.page
+        paged = self.pages * page
+        for begin in range(0, paged, page or 1):
+            actions += self._step(begin, prompt[begin : begin + page])
+        for begin in range(paged, len(prompt), chunk):
             actions += self._step(begin, prompt[begin : begin + chunk])
         return actions
 
@@ -138,9 +155,11 @@ class Client:
             raise Broken(f"an honest peer is said to have broken its word: {trouble}")
         # An output may have been sent to a downlink that a fallback has just left, and be dropped.
         is_overtaken = trouble.failure == "dropped" and self.session.epoch > 1
-        if not self.failed and not is_overtaken and self.scenario.room >= 1000:
+        is_eviction = trouble.failure == "evicted"  # the world knows whether one was
+        is_certain = self.scenario.room >= 1000 and not is_eviction
+        if not self.failed and not is_overtaken and is_certain:
             raise Broken(f"a trouble without a fault: {trouble}")
-        if trouble.peer and trouble.peer not in self.failed and self.scenario.room >= 1000:
+        if trouble.peer and trouble.peer not in self.failed and is_certain:
             raise Broken(f"{trouble.peer} is blamed and never failed: {trouble}")
         if trouble not in self.troubles:
             self.troubles.append(trouble)
@@ -158,7 +177,7 @@ class Client:
         if self.repairs > 40:
             raise Broken("repairs without end")
         troubles, self.troubles = self.troubles, []
-        blamed = [(trouble.peer, trouble.span) for trouble in troubles if trouble.peer]
+        blamed = [(t.peer, t.span) for t in troubles if t.peer and not is_welcome(t)]
         if how == "again":
             self.retried |= set(blamed)
         else:
@@ -176,8 +195,11 @@ class Client:
     ) -> list[Action]:
         hops: list[HopName] = []
         route = self.session.route
+        evicted = {(t.peer, t.span) for t in troubles if is_welcome(t)}
         for hop in route:
-            if (hop.peer, hop.span) in replaced:
+            if (hop.peer, hop.span) in evicted:
+                hops.append(HopName(hop.peer, hop.span, "anew"))
+            elif (hop.peer, hop.span) in replaced:
                 start, stop = map(int, hop.span.split(":"))
                 hops += [HopName(p, s, "new") for p, s in self._cover(start, stop, rng)]
             else:
@@ -208,6 +230,11 @@ class Client:
                 if rest is not None:
                     return [(peer_name(peer), f"{start}:{min(end, stop)}"), *rest]
         return None
+
+
+def is_welcome(trouble: Trouble) -> bool:
+    """True if the hop lost its cache, nobody is to blame, and it may begin anew at once."""
+    return trouble.failure == "evicted" and not trouble.retry_seconds
 
 
 def is_first(message: Message) -> bool:

@@ -18,10 +18,13 @@ from chain_peer import Peer
 from chain_stack import Stack
 from chain_world import Event, World
 
+from swarm import sharing
 from swarm.chain import History, Inlet, Outlet
 from swarm.leg import Leg
 from swarm.legs import Legs
+from swarm.prefix import Digests, Index, Pages
 from swarm.session import Session
+from swarm.sharing import Sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ def _unfold(trace: tuple[Any, ...]) -> list[Event]:
     return events[::-1]
 
 
-_MACHINES = (Legs, Leg, Session, History, Inlet, Outlet)
+_SHARING = (Sharing, Index, Pages, Digests, sharing._Kept)
+_MACHINES = (Legs, Leg, Session, History, Inlet, Outlet, *_SHARING)
 _MUTABLE = {World, Peer, Client, Link, Stack, *_MACHINES, dict, list, deque, set, MethodType, count}
 
 
@@ -143,20 +147,22 @@ def state_of(world: World) -> int:
     def outlet(end: Outlet | None) -> tuple[object, ...]:
         if end is None:
             return ()
-        return (name(end.link), end.epoch, end.sent, end.is_known, end.outstanding)
+        return (name(end.link), end.epoch, end.sent, end.is_known, end.window, end.outstanding)
 
     client, session = world.client, world.client.session
     parts: list[object] = [
         (world.budget, client.state, len(client.ids), client.serials, session.epoch, session.got),
         (session.route, tuple(client.troubles), tuple(client.suspects), client.repairs),
         (frozenset(client.failed), frozenset(client.retried), world.has_expired),
-        (world.may_be_forgotten, world.has_dropped),
+        (world.may_be_forgotten, world.has_dropped, world.has_evicted),
         (outlet(session._uplink), name(session._downlink), tuple(session._unanswered)),
         (tuple(entry.serial for entry in session.log.entries), session._inlet.waiting),
     ]
     for peer in world.peers:
         parts.append((peer.is_alive, peer.is_draining, peer.refusals))
         parts.append(tuple(peer.legs._highest.values()))
+        held = peer.sharing._kept.values()
+        parts.append(tuple((kept.span, *kept.pages.digests) for kept in held))
         for leg in sorted(peer.legs.legs(), key=lambda leg: leg.span):
             serials = tuple(entry.serial for entry in leg.history.entries)
             steps = tuple(step.serial for step in peer.steps.get(leg.number, ()))
@@ -169,9 +175,14 @@ def state_of(world: World) -> int:
                     leg.has_failed,
                     leg.number in peer.broken,
                     leg._inlet.waiting,
+                    leg._inlet.window,
                     leg._inlet._owed,
                 )
             )
+            parts.append((leg.is_evicted, leg._eviction, leg._given, leg._position_bytes))
+            parts.append(tuple(size for _, _, size in leg._waiting))
+            if leg.pages is not None:
+                parts.append((leg.pages.length, *leg.pages.received.pages, *leg.vouched))
         parked = sorted(peer.legs._parked.values(), key=lambda parked: parked.attach.epoch)
         parts += [(name(waiting.link), waiting.attach) for waiting in parked]
         parts.append(len(peer.timers))

@@ -24,7 +24,7 @@ def check_sent(step: Step, link: int, first: HopName, legs: Iterable[Leg]) -> No
     Where it need not ask (mode new), it may only find out by the Ready on this stream.
     """
     for leg in legs:
-        has_it = leg.span == first.span and leg.admitted >= step.serial and not leg.has_failed
+        has_it = leg.span == first.span and leg.admitted >= step.serial and not leg.is_spent
         if has_it and (leg.up == link or first.mode == "keep"):
             raise Broken(f"the client sends serial {step.serial} to {first.peer}, which has it")
 
@@ -50,6 +50,11 @@ def check_peer(name: str, peer: Legs, timers: Set[int]) -> None:
         raise Broken(f"{name} remembers streams it has left")
     if any(not leg._inlet.is_within_credit for leg in legs):
         raise Broken(f"{name} was sent more than its credit")
+    if peer.waiting_bytes != sum(leg.waiting_bytes for leg in legs):
+        raise Broken(f"{name} has lost count of what waits")
+    most, alone = peer._most_waiting, max((leg.waiting_bytes for leg in legs), default=0)
+    if peer.waiting_bytes > most and peer.waiting_bytes != alone:
+        raise Broken(f"at {name} more waits than it has room for")
     if peer.history_bytes != sum(leg.history.byte_count for leg in legs):
         raise Broken(f"{name} has lost count of its histories")
 
@@ -59,5 +64,7 @@ def _check_history(name: str, leg: Leg) -> None:
     history, down = leg.history, leg.down
     if history.byte_count != sum(payload_bytes(entry.payload) for entry in history.entries):
         raise Broken(f"{name} has lost count of a history")
+    if leg.waiting_bytes != sum(size for _, _, size in leg._waiting):
+        raise Broken(f"{name} has lost count of the steps of a leg")
     if down is not None and down.is_known and not history.reaches(down.sent):
         raise Broken(f"{name} has dropped what its next hop lacks")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
+import numpy as np
+
 from swarm.chain import Payload
 from swarm.messages import Step
 from swarm.wire import Buffer, Tensor
@@ -28,7 +30,9 @@ class Values:
 
 
 def payload_of(name: str, numbers: Sequence[int], weight: int) -> Payload:
-    """One tensor [1, S] whose every position counts as `weight` bytes."""
+    """One tensor [1, S] whose every position counts as `weight` bytes; with 8 they are real."""
+    if weight == 8:
+        return {name: Tensor("int64", (1, len(numbers)), np.asarray(numbers, "<i8").tobytes())}
     values = Values(tuple(numbers), weight * len(numbers))
     return {name: Tensor("int64", (1, len(numbers)), cast(Buffer, values))}
 
@@ -36,6 +40,8 @@ def payload_of(name: str, numbers: Sequence[int], weight: int) -> Payload:
 def numbers_of(payload: Payload) -> tuple[int, ...]:
     """The numbers in a payload's only tensor."""
     (tensor,) = payload.values()
+    if isinstance(tensor.data, bytes | memoryview):
+        return tuple(np.frombuffer(tensor.data, "<i8").tolist())
     return cast(Values, cast(Any, tensor.data)).numbers
 
 
@@ -67,6 +73,14 @@ class Stack:
         start, stop = map(int, span.split(":"))
         self.blocks = range(start, stop)
         self.states: list[list[int]] = [[] for _ in self.blocks]
+
+    def fork(self, length: int) -> "Stack":
+        """Another that begins with the first positions of this one."""
+        other = Stack(f"{self.blocks.start}:{self.blocks.stop}")
+        if length > len(self.states[0]):
+            raise AssertionError("a fork of more than there is")
+        other.states = [states[:length] for states in self.states]
+        return other
 
     def run(self, step: Step) -> tuple[int, ...]:
         """Roll back to the step's start and compute its positions."""

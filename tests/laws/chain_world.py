@@ -7,6 +7,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -17,7 +18,6 @@ from chain_peer import Peer
 from chain_stack import Stack, payload_of, truth
 
 from swarm.chain import Dial, Send, Shut
-from swarm.leg import Compute, Forget, Grace
 from swarm.legs import Legs
 from swarm.messages import (
     Attach,
@@ -43,11 +43,25 @@ class World:
         self.budget = scenario.budget
         self.links: dict[int, Link] = {}
         self.numbers = 0
-        self.has_expired = self.may_be_forgotten = self.has_dropped = False
+        self.has_expired = self.may_be_forgotten = self.has_dropped = self.has_evicted = False
         self.dials: set[tuple[object, ...]] = set()
         self.peers = [Peer(scenario, self.new_link) for _ in scenario.held]
+        self.computed = 0  # positions, of the session looked at
+        if scenario.before:
+            self._live_through(replace(scenario, prompt=scenario.before, before=()))
         self.client = Client(scenario, self.new_link)
         self.carry_out(CLIENT, self.client.start())
+
+    def _live_through(self, scenario: Scenario) -> None:
+        """Let a session come to its end without a fault."""
+        self.client = Client(scenario, self.new_link, b"b" * 16)
+        self.carry_out(CLIENT, self.client.start())
+        while events := self.events():
+            self.do(events[0])
+        if self.client.state != "done":
+            raise Broken("the session before did not end")
+        self.dials.clear()
+        self.computed = 0
 
     def new_link(self) -> int:
         self.numbers += 1
@@ -70,18 +84,16 @@ class World:
                 case Trouble() as trouble:
                     self._check_trouble(trouble)
                     self.client.noted(trouble)
-                case Compute(leg=leg, step=step):
-                    self._peer(who).steps.setdefault(leg, deque()).append(step)
-                case Forget(leg=leg):
-                    self._peer(who).steps.pop(leg, None)
-                    self._peer(who).stacks.pop(leg, None)
-                    self._peer(who).broken.discard(leg)
-                case Grace(leg=leg, is_running=True):
-                    self._peer(who).timers.add(leg)
-                case Grace(leg=leg):
-                    self._peer(who).timers.discard(leg)
+                case action:
+                    self._peer(who).carry_out(action)
         if who != CLIENT:
-            self.has_dropped |= self._peer(who).save_memory()
+            for number in self._peer(who).to_drop():
+                self._drop(who, number)
+
+    def _drop(self, who: str, number: int) -> None:
+        peer = self._peer(who)
+        self.has_dropped |= number not in peer.sharing
+        self.carry_out(who, peer.legs.drop_history(number))
 
     def _peer(self, name: str) -> Peer:
         return self.peers[int(name.removeprefix("peer"))]
@@ -169,12 +181,17 @@ class World:
             found.append(("drain", index))
         if "drop" in kinds:
             found += [("drop", index, s.leg) for s in peer.legs.spares() if s.byte_count]
+        if "evict" in kinds:
+            legs = [leg.number for leg in peer.legs.legs() if not leg.is_spent]
+            found += [("evict", index, leg, wait) for leg in legs for wait in (0.0, 1.0)]
         if "restart" in kinds and len(peer.legs):
             found.append(("restart", index))
         if "refuse" in kinds and not peer.refusals:
             found.append(("refuse", index))
         if "expire" in kinds:
-            found += [("expire", index, number) for number in peer.timers]
+            found += [("expire", index, n) for n in peer.timers if n not in peer.sharing]
+        if "forget" in kinds:
+            found += [("forget", index, n) for n in peer.timers if n in peer.sharing]
         if "fail" in kinds:
             found += [("fail", index, leg) for leg, steps in peer.steps.items() if steps]
         return found
@@ -234,14 +251,18 @@ class World:
                 self.client.failed.add(peer_name(index))
                 self.has_expired = self.may_be_forgotten = True
                 self.expire(index, number)
+            case ("forget", index, number):
+                self.expire(index, number)
             case ("drain", index):
                 self.client.failed.add(peer_name(index))
                 self.may_be_forgotten = True  # it refuses to begin anew, and ends the downlink
                 self.peers[index].is_draining = True
                 self.carry_out(peer_name(index), self.peers[index].legs.drain())
             case ("drop", index, leg):
-                self.has_dropped = True  # nobody may be blamed for it, and nothing is repaired
-                self.peers[index].legs.drop_history(leg)
+                self._drop(peer_name(index), leg)  # nobody may be blamed, and nothing is repaired
+            case ("evict", index, leg, seconds):
+                self.has_evicted = True
+                self.carry_out(peer_name(index), self.peers[index].legs.evict(leg, "", seconds))
             case ("fail", index, leg):
                 self.client.failed.add(peer_name(index))
                 self.peers[index].broken.add(leg)
@@ -305,6 +326,7 @@ class World:
         (held,) = (held for held in peer.legs.legs() if held.number == leg)
         stack = peer.stacks.setdefault(leg, Stack(held.span))
         outputs = stack.run(step)
+        self.computed += len(outputs)
         ids, last = self.client.prefixes[step.serial], stack.blocks[-1]
         right = [truth(last, ids[: step.start + i + 1]) for i in range(len(outputs))]
         if list(outputs) != right:
@@ -313,7 +335,8 @@ class World:
             outputs = outputs[-1:]
         payload = payload_of("hidden", outputs, self.scenario.weight)
         time = HopTime(0.0, 0.0)
-        self.carry_out(peer_name(index), peer.legs.computed(leg, step.serial, payload, time))
+        done = peer.legs.computed(leg, step.serial, payload, time, 1)
+        self.carry_out(peer_name(index), done)
 
     # --- what must hold -------------------------------------------------------------------------
 
@@ -330,6 +353,9 @@ class World:
         """Two repairs on their way at once may cost a third, never one alone."""
         if trouble.failure == "dropped" and (trouble.peer or not self.has_dropped):
             raise Broken(f"a history that nobody dropped is missed: {trouble}")
+        can_evict = self.has_evicted or self.scenario.waiting_bytes < 1 << 40
+        if trouble.failure == "evicted" and not can_evict:
+            raise Broken(f"a cache that nobody evicted is missed: {trouble}")
         is_allowed = self.may_be_forgotten or self.client.session.epoch > 2
         if trouble.failure == "forgotten" and not is_allowed:
             raise Broken("the client is told of a grace time that was not over")
@@ -346,7 +372,7 @@ class World:
         """Nothing more happens by itself: the text is done, and soon nothing is left of it."""
         if self.client.state == "running":
             raise Broken("stuck")
-        for _ in range(2):  # the legs' grace, then the highest epochs'
+        for _ in range(3):  # the legs' grace, then the highest epochs', and what was kept
             for index, peer in enumerate(self.peers):
                 for number in tuple(peer.timers):
                     if number in peer.timers:
@@ -354,11 +380,12 @@ class World:
             while events := self.events():
                 self.do(events[0])
             for index, peer in enumerate(self.peers):
-                if not peer.legs.free_of_sessions or peer.steps or peer.stacks:
+                if not peer.legs.free_of_sessions or peer.steps or peer.has_stray_stacks:
                     raise Broken(f"{peer_name(index)} holds something after the grace time")
         for index, peer in enumerate(self.peers):
             left = (peer.legs._highest, peer.legs._ended, peer.legs._by_link, peer.timers)
-            if any(left) or peer.legs._by_number or peer.legs.history_bytes:
+            kept = len(peer.sharing) + len(peer.sharing._index) + peer.sharing.history_bytes
+            if any(left) or peer.legs._by_number or peer.legs.history_bytes or kept:
                 raise Broken(f"{peer_name(index)} remembers a session for ever: {left}")
         if self.links:
             raise Broken(f"links are left: {self.links}")

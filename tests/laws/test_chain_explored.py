@@ -9,14 +9,15 @@ from chain_explorer import Found, explore, run_many
 from chain_stack import reference
 
 from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Entry, History, Outlet, Send
-from swarm.leg import Leg
+from swarm.leg import Forget, Leg
 from swarm.legs import Legs
 from swarm.messages import Close, Gone, Message, Open, Ready, Step
+from swarm.onward import Onward
 from swarm.session import Session, Trouble
 
 FAULTS = (
     *("break", "accuse", "crash", "restart", "refuse", "expire", "fail", "leave", "fallback"),
-    *("drain", "drop"),
+    *("drain", "drop", "evict"),
 )
 
 TWO = Scenario(
@@ -57,6 +58,16 @@ SCENARIOS = {
         THREE, prompt=tuple(range(1, 13)), weight=FIRST_CREDIT // 3
     ),
     "no memory for histories": replace(THREE, history_bytes=0),
+    "caches that are evicted again and again": replace(THREE, faults=("evict", "break"), budget=8),
+    "hardly any room for what waits": replace(
+        THREE,
+        held=("0:3", "1:2", "2:3", "0:1"),
+        route=((0, "0:1"), (1, "1:2"), (0, "2:3")),
+        prompt=tuple(range(1, 13)),
+        weight=FIRST_CREDIT // 3,
+        waiting_bytes=FIRST_CREDIT,
+        faults=("break", "evict"),
+    ),
 }
 IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["fallback", "in place"])
 
@@ -94,7 +105,13 @@ def test_histories_that_are_dropped_cost_no_repair(history_bytes: int) -> None:
 
 
 @IN_PLACE
-@pytest.mark.parametrize("fault", ["refuse", "expire", "leave", "drop"])
+def test_evictions_cost_replays_and_nothing_else(in_place: bool) -> None:
+    scenario = replace(THREE, faults=("evict",), budget=6, repairs_in_place=in_place)
+    assert_lawful(run_many(scenario, range(200)))
+
+
+@IN_PLACE
+@pytest.mark.parametrize("fault", ["refuse", "expire", "leave", "drop", "evict"])
 def test_the_laws_hold_in_every_interleaving_with_one_fault(fault: str, in_place: bool) -> None:
     found = explore(replace(TWO, faults=(fault,), repairs_in_place=in_place))
     assert_lawful(found)
@@ -155,8 +172,8 @@ def without_a_cascade(patch: pytest.MonkeyPatch) -> None:
     """Hole 15: the end of a grace time does not close the hops below."""
     free = Leg.free
 
-    def alone(self: Leg, *, is_session_over: bool) -> None:
-        free(self, is_session_over=is_session_over and self.up is not None)
+    def alone(self: Leg, *, is_session_over: bool, is_kept: bool = False) -> None:
+        free(self, is_session_over=is_session_over and self.up is not None, is_kept=is_kept)
 
     patch.setattr(Leg, "free", alone)
 
@@ -265,8 +282,43 @@ def with_a_drain_that_frees(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Legs, "drain", leave)
 
 
+def with_an_eviction_that_is_not_noted(patch: pytest.MonkeyPatch) -> None:
+    """A leg goes on as if it still had its cache."""
+
+    def forget(self: Leg, message: str, retry_seconds: float) -> None:
+        self._emit(Forget(self.number))
+
+    patch.setattr(Leg, "evict", forget)
+
+
+def without_telling_of_an_eviction(patch: pytest.MonkeyPatch) -> None:
+    """A leg without cache drops what it is sent, and nobody hears why."""
+    patch.setattr(Leg, "_say_evicted", lambda self: None)
+
+
+def without_beginning_anew_after_an_eviction(patch: pytest.MonkeyPatch) -> None:
+    """A leg without cache is taken up again as if it had one."""
+    patch.setattr(Leg, "is_spent", property(lambda self: self.has_failed))
+
+
+def without_going_on_when_something_was_sent(patch: pytest.MonkeyPatch) -> None:
+    """What waited because too much waited to be sent on is never computed."""
+    patch.setattr(Leg, "_flush", Onward._flush)
+
+
+def without_a_bound_on_what_waits(patch: pytest.MonkeyPatch) -> None:
+    """Whatever comes is taken."""
+
+    def admit(self: Legs, leg: Leg, step: Step, link: int) -> None:
+        with self._counting(leg):
+            leg.admit(step, link)
+
+    patch.setattr(Legs, "_admit", admit)
+
+
 CREDIT = SCENARIOS["payloads that use up the credit"]
 FORGETFUL = replace(SCENARIOS["no memory for histories"], repairs_in_place=True)
+EVICTING = replace(THREE, faults=("evict",), repairs_in_place=True)
 BENT: list[tuple[Callable[[pytest.MonkeyPatch], None], Scenario]] = [
     (without_parking, replace(THREE, budget=0)),
     (without_asking_what_it_has, replace(THREE, repairs_in_place=True)),
@@ -281,6 +333,11 @@ BENT: list[tuple[Callable[[pytest.MonkeyPatch], None], Scenario]] = [
     (without_sparing_what_was_not_sent, replace(CREDIT, history_bytes=0)),
     (without_telling_a_client_that_attached_first, FORGETFUL),
     (with_blame_for_a_dropped_history, FORGETFUL),
+    (with_an_eviction_that_is_not_noted, EVICTING),
+    (without_telling_of_an_eviction, EVICTING),
+    (without_beginning_anew_after_an_eviction, EVICTING),
+    (without_going_on_when_something_was_sent, CREDIT),
+    (without_a_bound_on_what_waits, SCENARIOS["hardly any room for what waits"]),
     (with_a_drain_that_frees, replace(THREE, faults=("drain",), repairs_in_place=True)),
 ]
 

@@ -3,10 +3,21 @@
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 
-from swarm.chain import Entry, Payload, Send
+from swarm.chain import EARLY_CREDIT, FIRST_CREDIT, Entry, Payload, Send
 from swarm.leg import Compute, Leg, step_length
 from swarm.legs import Legs
-from swarm.messages import Attach, HopName, HopTime, Message, Mode, Open, Refused, Step, Wanted
+from swarm.messages import (
+    Attach,
+    HopName,
+    HopTime,
+    Message,
+    Mode,
+    Open,
+    Ready,
+    Refused,
+    Step,
+    Wanted,
+)
 from swarm.session import Session
 from swarm.wire import Tensor
 
@@ -45,6 +56,8 @@ def route(
     at: int = 0,
     session: bytes = SESSION,
     client: str = "me",
+    positions: int = 0,
+    window: int = EARLY_CREDIT,
 ) -> Open:
     """An Open; a hop without span holds one block at its place, without mode it is new."""
     names = [
@@ -60,7 +73,14 @@ def route(
         fingerprint="f",
         max_tokens=64,
         valid_until=0.0,
+        positions=positions,
+        window=window,
     )
+
+
+def ready(have: int) -> Ready:
+    """What a hop says whose links have all the room there is."""
+    return Ready(have=have, window=FIRST_CREDIT)
 
 
 def attach(epoch: int, span: str, have: int = 0) -> Attach:

@@ -69,6 +69,7 @@ async def mended(world: World, broken: Broken, needed_tokens: int) -> Repair:
             free_tokens=4096,
         )
         for place, served in enumerate(world.servers)
+        if served.peer not in broken.full
     ]
     try:
         return repair(

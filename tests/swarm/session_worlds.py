@@ -8,7 +8,8 @@ import numpy as np
 import trio
 from trio.testing import MockClock
 
-from blocks.executor import Done, FreeJob, StepJob
+from blocks.executor import Done, ForkJob, FreeJob, StepJob
+from blocks.jobs import failed_fork
 from routing.route import Hop, Route
 from routing.span import Span
 from swarm.client_session import ClientSession, FindRoute, open_session
@@ -43,6 +44,7 @@ class ArithmeticExecutor:
     def __init__(self) -> None:
         self.caches: dict[object, list[int]] = {}
         self.jobs: list[StepJob] = []
+        self.forks: list[ForkJob] = []
         self.is_asked = trio.Event()
         self.is_stuck = False
         self.most_jobs: int | None = None  # then it is stuck
@@ -55,6 +57,14 @@ class ArithmeticExecutor:
     def submit(self, job: object) -> None:
         if isinstance(job, FreeJob):
             self.caches.pop(job.key, None)
+        elif isinstance(job, ForkJob):
+            held = self.caches.get(job.of, [])
+            if len(held) < job.length or not self.can_roll_back:
+                self._done.append(failed_fork(job.key, "no such fork"))
+                os.eventfd_write(self._bell, 1)
+                return
+            self.forks.append(job)
+            self.caches[job.key] = held[: job.length]
         elif isinstance(job, StepJob):
             self.jobs.append(job)
             self.is_asked.set()
@@ -71,6 +81,7 @@ class ArithmeticExecutor:
                 waited=0.0,
                 length=len(self.caches[job.key]),
                 cache_bytes=0,
+                shortest_fork=1 if self.can_roll_back else None,
                 error=self.error,
             )
             if not self.is_stuck and (self.most_jobs is None or len(self.jobs) <= self.most_jobs):

@@ -6,8 +6,19 @@ from chain_builders import entry, payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Entry, History, Inlet, Outlet, step_of
-from swarm.messages import payload_bytes
+from swarm.chain import (
+    CREDIT_PIECE,
+    EARLY_CREDIT,
+    FIRST_CREDIT,
+    STEP_BYTES,
+    Entry,
+    History,
+    Inlet,
+    Outlet,
+    fair_window,
+    step_of,
+)
+from swarm.messages import Credit, Ready, payload_bytes
 from swarm.wire import DEFAULT_LIMITS
 
 
@@ -82,20 +93,68 @@ def test_nothing_is_sent_twice_on_one_link() -> None:
 
 
 def test_more_than_the_credit_waits_until_some_comes_back() -> None:
-    outlet, made = Outlet(1, 1), History()
+    outlet, made = Outlet(1, 1, window=FIRST_CREDIT, step_bytes=0), History()
     for serial in range(1, 6):
         made.append(entry(serial, serial, FIRST_CREDIT // 2 - 1))
     assert [e.serial for e in outlet.ready(made)] == [1, 2]
-    outlet.refill(FIRST_CREDIT // 4)
+    outlet.refill(Credit(more=FIRST_CREDIT // 4))
     assert list(outlet.ready(made)) == []
-    outlet.refill(FIRST_CREDIT // 4)
+    outlet.refill(Credit(more=FIRST_CREDIT // 4))
     assert [e.serial for e in outlet.ready(made)] == [3]
 
 
 def test_credit_that_nobody_owes_is_not_counted() -> None:
     outlet = Outlet(1, 1)
-    outlet.refill(10**12)
-    assert outlet.credit == FIRST_CREDIT
+    outlet.refill(Credit(more=10**12))
+    assert outlet.outstanding == 0
+    outlet.refill(Credit(more=0, window=10**12))
+    assert outlet.window == FIRST_CREDIT
+
+
+def test_a_window_is_never_too_narrow_for_a_sender_to_go_on() -> None:
+    outlet = Outlet(1, 1)
+    outlet.refill(Credit(more=0, window=1))
+    assert outlet.window == EARLY_CREDIT
+    assert outlet.takes(DEFAULT_LIMITS.frame_bytes)
+
+
+def test_a_narrower_window_is_heeded_at_once_and_a_wider_one_too() -> None:
+    outlet, made = Outlet(1, 1, window=FIRST_CREDIT, step_bytes=0), History()
+    for serial in range(1, 30):
+        made.append(entry(serial, serial, EARLY_CREDIT))
+    assert len(list(outlet.ready(made))) == 16
+    outlet.refill(Credit(more=4 * EARLY_CREDIT, window=8 * EARLY_CREDIT))
+    assert list(outlet.ready(made)) == [], "twelve are outstanding"
+    outlet.refill(Credit(more=5 * EARLY_CREDIT))
+    assert len(list(outlet.ready(made))) == 1
+    outlet.refill(Credit(more=0, window=FIRST_CREDIT))
+    assert len(list(outlet.ready(made))) == 8
+
+
+def test_a_receiver_of_an_older_program_tells_no_window_and_takes_the_first_credit() -> None:
+    outlet = Outlet(1, 1)
+    outlet.spend(1, 100)
+    outlet.is_ready(Ready(have=0))
+    assert outlet.window == FIRST_CREDIT
+    assert outlet.outstanding == 100, "it will give back payloads only"
+    outlet.spend(2, 50)
+    assert outlet.outstanding == 150
+
+
+def test_a_sender_of_an_older_program_is_told_no_other_window() -> None:
+    inlet = Inlet(is_fixed=True)
+    inlet.arrive(FIRST_CREDIT)
+    assert inlet.done(FIRST_CREDIT, EARLY_CREDIT) == [Credit(more=FIRST_CREDIT)]
+    assert inlet.narrow(EARLY_CREDIT) == []
+
+
+def test_windows_share_half_of_the_room_fairly_and_none_is_without() -> None:
+    room = 256 << 20
+    for links in (1, 2, 3, 8, 9, 32, 33, 128):
+        assert links * fair_window(room, links) <= room // 2 or links > 128
+    assert fair_window(room, 1) == FIRST_CREDIT
+    assert fair_window(room, 32) == 4 << 20
+    assert fair_window(room, 10**6) == fair_window(0, 1) == EARLY_CREDIT
 
 
 def test_credit_comes_back_in_pieces() -> None:
@@ -122,32 +181,50 @@ sizes = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(sizes, max_size=20), st.randoms(use_true_random=False))
+windows = st.sampled_from([EARLY_CREDIT, 2 * EARLY_CREDIT, FIRST_CREDIT // 2, FIRST_CREDIT])
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    st.lists(sizes, max_size=20),
+    st.lists(windows, min_size=1, max_size=12),
+    st.randoms(use_true_random=False),
+)
 def test_credit_is_never_exceeded_and_everything_arrives(
-    lengths: list[int], random: Random
+    lengths: list[int], told: list[int], random: Random
 ) -> None:
-    outlet, inlet = Outlet(1, 1), Inlet()
+    """Whatever windows the receiver tells in between, and however late that is heard."""
+    outlet, inlet = Outlet(1, 1), Inlet(window=told[0])
     way: deque[int] = deque()
-    arrived = sent = 0
-    lacking, waiting, back = deque(lengths), deque[int](), deque[int]()
+    arrived = sent = changes = 0
+    lacking, waiting = deque(lengths), deque[int]()
+    back = deque[Ready | Credit]([Ready(have=0, window=told[0])])
     while True:
         while lacking and outlet.takes(lacking[0]):
             size = lacking.popleft()
             sent += 1
             outlet.spend(sent, size)
-            way.append(size)
-        queues = [queue for queue in (way, waiting, back) if queue]
+            way.append(size + STEP_BYTES)
+        queues: list[deque[int] | deque[Ready | Credit]] = [q for q in (way, waiting, back) if q]
         if not queues:
             break
         queue = random.choice(queues)
-        if queue is way:
+        if random.random() < 0.2 and changes < len(told):
+            changes += 1
+            back.extend(inlet.narrow(told[changes - 1]))
+        elif queue is way:
             waiting.append(way.popleft())
             inlet.arrive(waiting[-1])
             assert inlet.is_within_credit
         elif queue is waiting:
-            back.extend(credit.more for credit in inlet.done(waiting.popleft()))
+            back.extend(inlet.done(waiting.popleft(), told[changes % len(told)]))
             arrived += 1
         else:
-            outlet.refill(back.popleft())
+            message = back.popleft()
+            if isinstance(message, Ready):
+                outlet.is_ready(message)
+                outlet.sent = sent
+            else:
+                outlet.refill(message)
     assert arrived == len(lengths), "the credit ran dry"
+    assert outlet.window == inlet.window

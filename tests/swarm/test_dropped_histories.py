@@ -9,6 +9,7 @@ from chain_builders import (
     attach,
     entry,
     payload,
+    ready,
     route,
     said,
     serials,
@@ -18,7 +19,16 @@ from chain_builders import (
 from repair_worlds import PROMPT, TOKENS, kill, told
 from session_worlds import Served, World, run, said_after
 
-from swarm.chain import FIRST_CREDIT, Dial, History, Outlet, Shut, Spare, histories_to_drop
+from swarm.chain import (
+    FIRST_CREDIT,
+    STEP_BYTES,
+    Dial,
+    History,
+    Outlet,
+    Shut,
+    Spare,
+    histories_to_drop,
+)
 from swarm.client_session import ClientSession
 from swarm.messages import Attach, Close, Credit, Fault, Gone, Message, Output, Ready
 from swarm.session import Trouble
@@ -48,6 +58,7 @@ def middle(steps: int = 3, size: int = 4) -> Desk:
     """A first hop of two that sent on some steps: up stream 1, down stream 101."""
     desk = Desk()
     desk.legs.opened(1, route(1, "here", "next"))
+    desk.legs.received(101, ready(0))
     for serial in range(1, steps + 1):
         desk.compute(desk.legs.received(1, step(serial, serial - 1)), size=size)
     return desk
@@ -118,25 +129,27 @@ def test_only_who_has_what_was_dropped_can_be_resumed() -> None:
 
 
 def test_outputs_that_nobody_wants_count_as_sent() -> None:
-    outlet, made = Outlet(1, 1), history(True, False, False)
+    outlet, made = Outlet(1, 1, step_bytes=0), history(True, False, False)
     assert [e.serial for e in outlet.ready(made, is_downlink=True)] == [1]
     assert (outlet.sent, outlet.outstanding) == (3, 4)
 
 
 def test_what_was_not_sent_yet_is_kept_and_sent_when_there_is_credit() -> None:
-    half = FIRST_CREDIT // 2
+    half = FIRST_CREDIT // 2 - STEP_BYTES
     desk = dropped(middle(steps=4, size=half))
     assert desk.legs.history_bytes == 2 * half
-    told_next = said(desk.legs.received(101, Credit(more=half)), 101)
+    told_next = said(desk.legs.received(101, Credit(more=half + STEP_BYTES)), 101)
     assert [(m.serial, m.after) for m in told_next if hasattr(m, "after")] == [(3, 2)]
 
 
 def test_what_a_new_next_hop_has_not_been_sent_yet_is_kept() -> None:
-    desk, half = middle(steps=2, size=FIRST_CREDIT // 2), FIRST_CREDIT // 2
+    half = FIRST_CREDIT // 2 - STEP_BYTES
+    desk = middle(steps=2, size=half)
     desk.legs.received(101, Credit(more=FIRST_CREDIT))
     desk.compute(desk.legs.received(1, step(3, 2)), size=half)
     desk.legs.ended(101, "closed", "")
-    desk.legs.received(1, route(2, "here", "other"))  # takes two of the three by its credit
+    desk.legs.received(1, route(2, "here", "other"))
+    desk.legs.received(102, ready(0))  # takes two of the three by its credit
     dropped(desk)
     assert [e.serial for e in desk.leg.history.entries] == [3]
 

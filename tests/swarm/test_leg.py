@@ -1,7 +1,8 @@
+import msgspec
 import pytest
-from chain_builders import KEPT, TIME, Desk, attach, payload, route, said, serials, step
+from chain_builders import KEPT, TIME, Desk, attach, payload, ready, route, said, serials, step
 
-from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Shut
+from swarm.chain import CREDIT_PIECE, EARLY_CREDIT, FIRST_CREDIT, STEP_BYTES, Dial, Shut
 from swarm.leg import Compute, Forget, Grace
 from swarm.messages import (
     Close,
@@ -101,7 +102,7 @@ def test_hole_1_a_short_step_after_a_rollback_reaches_a_hop_that_is_longer() -> 
     (dial,) = [a for a in first.legs.received(1, route(2, *KEPT)) if isinstance(a, Dial)]
     assert isinstance(dial.first, Open)
     assert second.leg.length == 11
-    assert said(second.legs.opened(3, dial.first), 3) == [Ready(have=2)]
+    assert said(second.legs.opened(3, dial.first), 3) == [ready(2)]
     again = said(first.legs.received(dial.link, Ready(have=2)), dial.link)
     assert [(m.serial, m.after, m.start) for m in again if isinstance(m, Step)] == [(3, 2, 9)]
     outputs = said(second.compute(second.legs.received(3, again[0])), 2)
@@ -117,27 +118,79 @@ def test_a_lost_up_stream_frees_nothing() -> None:
     assert serials(said(desk.compute(waiting), 101)) == [1]
     reopened = desk.legs.opened(2, route(2, ("here", "0:1", "keep"), ("next", "1:2", "keep")))
     assert Grace(number, is_running=False) in reopened
-    assert said(reopened, 2) == [Ready(have=1)]
+    assert said(reopened, 2) == [ready(1)]
 
 
 def test_nothing_is_sent_beyond_the_credit_of_the_next_hop() -> None:
-    desk, size = middle(), FIRST_CREDIT // 2
+    desk, size = middle(), FIRST_CREDIT // 2 - STEP_BYTES
+    desk.legs.received(101, ready(0))
     sent = []
     for serial in range(1, 5):
         arrived = desk.legs.received(1, step(serial, serial - 1))
         sent += said(desk.compute(arrived, size=size), 101)
     assert serials(sent) == [1, 2]
-    assert serials(said(desk.legs.received(101, Credit(more=size)), 101)) == [3]
+    assert serials(said(desk.legs.received(101, Credit(more=size + STEP_BYTES)), 101)) == [3]
+
+
+def test_before_its_ready_a_next_hop_is_sent_little_more_than_one_payload() -> None:
+    desk, sent = middle(), []
+    for serial in range(1, 4):
+        arrived = desk.legs.received(1, step(serial, serial - 1))
+        sent += said(desk.compute(arrived, size=EARLY_CREDIT - STEP_BYTES), 101)
+    assert serials(sent) == [1]
+    told = desk.legs.received(101, Ready(have=0, window=2 * EARLY_CREDIT))
+    assert serials(said(told, 101)) == [2]
+
+
+def test_no_more_is_computed_ahead_of_the_next_hop_than_a_window_holds() -> None:
+    """Else a slow hop behind a fast one would have the whole of every prompt wait before it."""
+    desk = Desk()
+    desk.legs.opened(1, msgspec.structs.replace(route(1, "here", "next"), max_tokens=1 << 20))
+    chunk, each = 256, 16 << 10  # 4 MiB of hidden states of each chunk of ids
+    prompt = [step(n, chunk * (n - 1), length=chunk) for n in range(1, 13)]
+    waiting = [action for made in prompt for action in desk.legs.received(1, made)]
+    computed: list[int] = []
+    while waiting:
+        computed += [a.step.serial for a in waiting if isinstance(a, Compute)]
+        waiting = desk.compute(waiting, size=each)
+    assert computed == [1, 2, 3, 4, 5], "the first is sent, four fill a window"
+    assert desk.leg.unsent_bytes == FIRST_CREDIT
+    going_on = desk.legs.received(101, Ready(have=0, window=9 * EARLY_CREDIT))
+    assert [a.step.serial for a in going_on if isinstance(a, Compute)] == [6]
+
+
+def test_a_small_result_lets_many_steps_be_computed_in_one_pass() -> None:
+    desk = middle()
+    desk.compute(desk.legs.received(1, step(1, 0)))
+    given = [a for n in range(2, 60) for a in desk.legs.received(1, step(n, n - 1))]
+    assert len([a for a in given if isinstance(a, Compute)]) == 58
 
 
 def test_a_hop_gives_its_credit_back_only_when_it_has_computed() -> None:
     desk = middle()
-    arrived = desk.legs.received(1, step(1, 0, size=CREDIT_PIECE))
+    size = CREDIT_PIECE - STEP_BYTES
+    arrived = desk.legs.received(1, step(1, 0, size=size))
     assert said(arrived, 1) == []
     assert said(desk.compute(arrived), 1) == [Credit(more=CREDIT_PIECE)]
-    assert said(desk.legs.received(1, step(1, 0, size=CREDIT_PIECE)), 1) == [
-        Credit(more=CREDIT_PIECE)
-    ], "what is dropped is given back too"
+    assert said(desk.legs.received(1, step(1, 0, size=size)), 1) == [Credit(more=CREDIT_PIECE)], (
+        "what is dropped is given back too"
+    )
+
+
+def test_steps_of_one_id_are_given_back_with_what_they_weigh_here() -> None:
+    """A replay of many would else take hundreds of times the memory that its credit says."""
+    desk = middle()
+    for serial in range(1, 60):
+        desk.legs.received(1, step(serial, serial - 1))
+    assert desk.leg.waiting_bytes == 59 * (4 + STEP_BYTES)
+
+
+def test_a_sender_of_an_older_program_gets_back_payloads_only() -> None:
+    desk = Desk()
+    actions = desk.legs.opened(1, route(1, "here", "next", window=0))
+    assert said(actions, 1) == [Ready(have=0)]
+    arrived = desk.legs.received(1, step(1, 0, size=CREDIT_PIECE))
+    assert said(desk.compute(arrived), 1) == [Credit(more=CREDIT_PIECE)]
 
 
 def test_outputs_that_nobody_wants_cost_no_credit() -> None:
@@ -205,7 +258,7 @@ def test_a_failed_leg_asks_for_a_new_stream_when_it_is_taken_up_again() -> None:
     assert said(actions, 1) == [Gone(reason="superseded")]
     assert Shut(1) in actions
     again = desk.legs.opened(2, route(2, ("here", "0:1", "keep"), "next"))
-    assert said(again, 2) == [Ready(have=0)]
+    assert said(again, 2) == [ready(0)]
 
 
 def test_a_failed_leg_begins_again_on_a_new_stream() -> None:
@@ -215,7 +268,7 @@ def test_a_failed_leg_begins_again_on_a_new_stream() -> None:
     desk.legs.failed(number, "out of memory")
     actions = desk.legs.opened(2, route(2, ("here", "0:1", "keep"), "next"))
     assert Forget(number) in actions
-    assert said(actions, 2) == [Ready(have=0)]
+    assert said(actions, 2) == [ready(0)]
 
 
 def test_a_payload_that_is_no_run_of_positions_is_refused() -> None:

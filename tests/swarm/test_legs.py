@@ -1,5 +1,5 @@
 import pytest
-from chain_builders import KEPT, Desk, attach, route, said, serials, step
+from chain_builders import KEPT, Desk, attach, ready, route, said, serials, step
 
 from swarm.chain import Dial, Shut
 from swarm.leg import Action, Compute, Forget, Grace
@@ -26,7 +26,7 @@ def test_an_open_begins_a_leg_and_goes_on_at_once() -> None:
     desk = Desk()
     opened = route(1, "here", ("next", "1:2", "keep"))
     actions = desk.legs.opened(1, opened)
-    assert said(actions, 1) == [Ready(have=0)]
+    assert said(actions, 1) == [ready(0)]
     (dial,) = dials(actions)
     assert dial.peer == "next"
     assert dial.first == route(1, "here", ("next", "1:2", "keep"), at=1)
@@ -44,7 +44,7 @@ def test_a_kept_leg_is_not_refused_for_being_full() -> None:
     answers = iter([None, Refused(reason="full")])
     desk = Desk(lambda opened: next(answers))
     desk.legs.opened(1, route(1, "here"))
-    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "keep"))), 3) == [Ready(have=0)]
+    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "keep"))), 3) == [ready(0)]
 
 
 @pytest.mark.parametrize("mode", ["keep", "new", "anew"])
@@ -72,7 +72,7 @@ def test_hole_14_a_refused_open_makes_older_ones_stale() -> None:
     (grace,) = [a for a in desk.legs.opened(1, route(2, "here")) if isinstance(a, Grace)]
     assert said(desk.legs.opened(3, route(1, "here")), 3) == [STALE]
     desk.legs.grace_over(grace.leg)
-    assert said(desk.legs.opened(4, route(1, "here")), 4) == [Ready(have=0)]
+    assert said(desk.legs.opened(4, route(1, "here")), 4) == [ready(0)]
 
 
 def test_the_highest_epoch_is_known_for_a_grace_time_after_the_last_leg() -> None:
@@ -86,7 +86,7 @@ def test_the_highest_epoch_is_known_for_a_grace_time_after_the_last_leg() -> Non
     desk.legs.grace_over(first.leg)
     assert said(desk.legs.opened(3, route(1, "here")), 3) == [STALE], "the first grace ended it"
     desk.legs.grace_over(second.leg)
-    assert said(desk.legs.opened(4, route(1, "here")), 4) == [Ready(have=0)]
+    assert said(desk.legs.opened(4, route(1, "here")), 4) == [ready(0)]
 
 
 def test_the_newest_open_takes_the_leg_from_an_older_stream() -> None:
@@ -108,7 +108,7 @@ def test_anew_frees_the_leg_without_closing_what_is_below() -> None:
     actions = desk.legs.opened(3, route(2, ("here", "0:1", "anew"), ("next", "1:2", "anew")))
     assert said(actions, 101) == [SUPERSEDED]
     assert Forget(old) in actions
-    assert said(actions, 3) == [Ready(have=0)]
+    assert said(actions, 3) == [ready(0)]
     assert desk.leg.admitted == 0
 
 
@@ -156,7 +156,7 @@ def test_a_reroute_anew_over_a_live_stream_asks_for_a_new_one() -> None:
     desk.compute(desk.legs.received(1, step(1, 0)))
     actions = desk.legs.received(1, route(2, ("here", "0:1", "anew")))
     assert said(actions, 1) == [SUPERSEDED]
-    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "anew"))), 3) == [Ready(have=0)]
+    assert said(desk.legs.opened(3, route(2, ("here", "0:1", "anew"))), 3) == [ready(0)]
     assert desk.leg.admitted == 0
 
 
@@ -349,7 +349,7 @@ def test_hole_15_a_new_leg_replaces_older_ones_of_the_same_blocks() -> None:
     room.legs.opened(1, route(1, ("here", "0:2"), ("next", "2:3")))
     room.legs.ended(1, "closed", "")
     actions = room.legs.opened(3, route(2, ("before", "0:1"), ("here", "1:3"), at=1))
-    assert said(actions, 3) == [Ready(have=0)]
+    assert said(actions, 3) == [ready(0)]
     assert said(actions, 101) == [SUPERSEDED]
     assert room.leg.span == "1:3"
 

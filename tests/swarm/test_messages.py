@@ -229,3 +229,9 @@ def test_arbitrary_headers_are_messages_or_a_peer_fault(
 ) -> None:
     with contextlib.suppress(PeerFault):
         unpack(header_of(message, **changes))
+
+
+def test_what_other_versions_may_lack_is_outside_the_signature() -> None:
+    for change in ({"at": 0}, {"positions": 7}, {"window": 1 << 20}):
+        assert msgspec.structs.replace(OPEN, **change).signed_bytes() == OPEN.signed_bytes()
+    assert msgspec.structs.replace(OPEN, max_tokens=65).signed_bytes() != OPEN.signed_bytes()

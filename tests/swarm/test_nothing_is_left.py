@@ -41,6 +41,9 @@ def held(served: Served) -> list[object]:
         *legs._ended,
         *legs._parked,
         *server._graces,
+        *server._sharing._kept,
+        *server._sharing._legs,
+        *server._sharing._index._held,
         *server._links._links,
     ]
 

@@ -22,6 +22,7 @@ KEYS = {
     "route",
     "failovers",
     "replayed_tokens",
+    "reused_tokens",
     "draft",
 }
 

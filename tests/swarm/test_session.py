@@ -1,7 +1,7 @@
 import pytest
-from chain_builders import attach, payload, route, said, serials, session_of, step
+from chain_builders import attach, payload, ready, route, said, serials, session_of, step
 
-from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, Dial, Shut
+from swarm.chain import CREDIT_PIECE, FIRST_CREDIT, STEP_BYTES, Dial, Shut
 from swarm.messages import Close, Credit, Fault, Gone, Message, Open, Output, Ready, Refused
 from swarm.session import Deliver, Session, Trouble
 
@@ -72,7 +72,7 @@ def test_a_new_route_is_sent_the_whole_log_under_the_next_epoch() -> None:
     assert said(actions, 2) == [SUPERSEDED]
     assert [a for a in actions if isinstance(a, Shut)] == [Shut(1), Shut(2)]
     up, down = [a for a in actions if isinstance(a, Dial)]
-    assert up.first == route(2, ("one", "0:4", "anew"), ("three", "4:8", "anew"))
+    assert up.first == route(2, ("one", "0:4", "anew"), ("three", "4:8", "anew"), positions=4)
     assert down.first == attach(2, "4:8", have=2)
     assert serials(said(actions, up.link)) == [1, 2, 3]
 
@@ -109,16 +109,16 @@ def test_a_first_hop_that_has_something_is_not_sent_it_again() -> None:
     session = opened()
     for start in range(6):
         session.step(start, payload(1, FIRST_CREDIT // 2), "none")
-    assert serials(said(session.received(1, Ready(have=5)), 1)) == []
-    assert serials(said(session.received(1, Credit(more=FIRST_CREDIT // 2)), 1)) == [6]
+    assert serials(said(session.received(1, Ready(have=5)), 1)) == [6]
 
 
 def test_the_uplink_carries_no_more_than_its_credit() -> None:
     session = opened()
     sent = []
     for start in range(4):
-        sent += said(session.step(start, payload(1, FIRST_CREDIT // 2), "none"), 1)
-    assert serials(sent) == [1, 2]
+        sent += said(session.step(start, payload(1, FIRST_CREDIT // 2 - STEP_BYTES), "none"), 1)
+    assert serials(sent) == [1], "before Ready hardly more than one is taken for granted"
+    assert serials(said(session.received(1, ready(0)), 1)) == [2]
     assert serials(said(session.received(1, Credit(more=FIRST_CREDIT)), 1)) == [3, 4]
 
 

@@ -48,3 +48,13 @@ def test_news_from_before_it_fell_silent_clears_nobody() -> None:
     assert suspects.at(16.0) == ("a",)
     suspects.heard_of("a", 10.0 + LATE_NEWS_SECONDS)
     assert suspects.at(16.0) == ()
+
+
+def test_who_has_no_room_is_no_suspect_and_is_left_alone_until_the_time_it_named() -> None:
+    suspects = Suspects()
+    suspects.leave_alone("full", 12.0)
+    suspects.leave_alone("full", 11.0)  # what it told another session
+    assert suspects.at(10.0) == ()
+    assert suspects.full_at(11.9) == {"full": 12.0}
+    assert not suspects.forgive_one(11.9), "nobody else being there changes nothing"
+    assert suspects.full_at(12.0) == {}

@@ -1,0 +1,126 @@
+"""One step of several sessions through the blocks of one model, each through a span of its own.
+
+1. Sessions that cross a block run it together, wherever they come from and go to, unless what they
+   bring has another form (ids beside hidden states).
+2. Attention takes each session's keys where they lie, in blocks where that was seen to give what
+   the family's padded batch gives (`blocks.apart`); elsewhere keys are padded.
+3. Where layers share keys with later blocks, only sessions of equal spans run together: what one
+   has computed itself another would be lent.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from blocks.attention import Rows
+from blocks.cache import StackCache
+from blocks.forward import Carved
+from blocks.join import JoinedCache
+from blocks.sides import Sides
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Some neighbouring blocks, and which rows of a step run through all of them."""
+
+    blocks: range
+    rows: tuple[int, ...]
+
+
+def segments(spans: Sequence[tuple[int, int]], *, is_mixed: bool = True) -> list[Segment]:
+    """The passes that carry each row `i` from block `spans[i][0]` to `spans[i][1]`, in order.
+
+    Between two neighbouring ends of spans there is one pass, of all rows that cross it. Unless
+    `is_mixed`, one for each span instead, of the rows that have it.
+    """
+    if not is_mixed:
+        return [
+            Segment(range(*span), tuple(row for row, one in enumerate(spans) if one == span))
+            for span in dict.fromkeys(spans)
+        ]
+    ends = sorted({end for span in spans for end in span})
+    found = (
+        Segment(
+            range(start, stop),
+            tuple(row for row, one in enumerate(spans) if one[0] <= start and stop <= one[1]),
+        )
+        for start, stop in pairwise(ends)
+    )
+    return [segment for segment in found if segment.rows]
+
+
+@dataclass(slots=True)
+class Row:
+    """One session's position on its way through the blocks.
+
+    `values` [1, 1, ...] and `sides` are what its next block needs, where the weights are; when its
+    last block has run, what it leaves with. Then, if it `wants_logits`, `values` are float32 logits
+    [1, 1, vocabulary].
+    """
+
+    cache: StackCache
+    values: torch.Tensor
+    sides: Sides
+    wants_logits: bool
+
+
+def run_rows(
+    carved: Carved,
+    rows: Sequence[Row],
+    empty_cache: Callable[[int, int], StackCache],
+    by_rows: Callable[[range], Rows | None] = lambda blocks: None,
+) -> None:
+    """Run each row through the blocks of its cache, and change it and its cache.
+
+    `empty_cache(start, stop)` is one of these blocks, of any length, that nobody else uses at the
+    same time; `by_rows` gives the attention by rows for a pass of some blocks, None where keys
+    must be padded. The caches are torn until all rows are through, whatever happens.
+    """
+    for row in rows:
+        row.cache.begin(1)
+    spans = [(row.cache.start, row.cache.stop) for row in rows]
+    for segment in segments(spans, is_mixed=not carved.sides.shared):
+        ghosts = empty_cache(segment.blocks.start, segment.blocks.stop)
+        for group in _alike([rows[number] for number in segment.rows]):
+            _run_group(carved, segment.blocks, group, ghosts, by_rows(segment.blocks))
+    for row in rows:
+        row.cache.advance(1)
+
+
+def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows by the form of what they bring, which must be equal in a pass."""
+    groups: dict[tuple[bool, tuple[int, ...]], list[Row]] = {}
+    for row in rows:
+        form = row.values.is_floating_point(), tuple(row.values.shape[2:])
+        groups.setdefault(form, []).append(row)
+    yield from groups.values()
+
+
+def _run_group(
+    carved: Carved, blocks: range, rows: Sequence[Row], ghosts: StackCache, apart: Rows | None
+) -> None:
+    joined = JoinedCache([row.cache for row in rows], ghosts, carved.device, apart)
+    shared = {"position_ids": joined.position_ids, "attention_mask": joined.mask}
+    sides = {  # none where ids come
+        name: torch.cat([row.sides[name] for row in rows]) for name in rows[0].sides
+    }
+    ends = blocks.stop == len(carved.parts.layers)
+    with apart.attached() if apart else nullcontext():
+        output = carved.forward(
+            blocks,
+            torch.cat([row.values for row in rows]),
+            shared,
+            cache=joined,
+            wanted=1 if ends and any(row.wants_logits for row in rows) else None,
+            sides=sides,
+        )
+    joined.commit()
+    for number, row in enumerate(rows):
+        own = slice(number, number + 1)
+        is_done = row.cache.stop == blocks.stop
+        logits = output.logits if is_done and row.wants_logits else None
+        row.values = output.hidden[own] if logits is None else logits[own]
+        row.sides = {name: side[own] for name, side in sides.items()}

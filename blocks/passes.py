@@ -1,0 +1,165 @@
+"""Chunks of steps through the blocks: the one place where an executor calls its stack.
+
+1. Before anything is computed all is checked that can be: a StepError has changed nothing, but for
+   a rollback that the step asked for.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from blocks.codec import RawTensor
+from blocks.ends import candidates
+from blocks.errors import StepError
+from blocks.jobs import Pass, StepJob
+from blocks.legs import Legs
+from blocks.payloads import as_one
+from blocks.sides import Sides
+from blocks.stack import Stack
+from blocks.steps import Chunk, Output
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a chunk came to: the output of its step if it is the last one's, or an error."""
+
+    output: dict[str, RawTensor] = field(default_factory=dict)
+    error: str | None = None
+    fault: bool = False  # the error is the sender's
+
+
+def told(failed: Exception) -> str:
+    """An error as a sentence for the sender."""
+    return f"{type(failed).__name__}: {failed}"
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
+def run_alone(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
+    """Run chunks of one leg that follow each other in one pass.
+
+    StepError, and nothing is changed but for a rollback, if any cannot be computed as sent. After
+    any other error the cache is torn.
+    """
+    first, job = chunks[0], chunks[0].step.job
+    leg = legs.opened(job.key, (job.first, job.stop))
+    stack, cache = leg.stack, leg.cache
+    inputs, mask, sides = as_one([chunk.tensors(stack.needs) for chunk in chunks])
+    if _asks(job, stack) and len(inputs) != 1:
+        raise StepError(f"candidates are for one row, not for {len(inputs)}")
+    _check_wishes([chunk.step.job for chunk in chunks], stack)
+    start = first.shape.start
+    if cache.is_torn or start < cache.length:
+        cache.rollback(start)
+    wanted = _logits_wanted(chunks, stack)
+    values = stack.run(inputs, cache=cache, start=start, mask=mask, logits_for=wanted, sides=sides)
+    outcomes = []
+    for chunk in chunks:
+        place = slice(chunk.shape.start - start, chunk.shape.start - start + chunk.shape.positions)
+        if len(chunks) > 1:
+            beside = {name: side[:, place] for name, side in sides.items()}
+            outcomes.append(_outcome(chunk, stack, values[:, place], beside))
+        else:
+            outcomes.append(_outcome(chunk, stack, values, sides))
+    return outcomes
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
+def run_jointly(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
+    """Run decode steps of several legs in one pass; one may fail though the pass did not.
+
+    StepError, and nothing is changed, if any cannot be computed as sent. After any other error the
+    caches are torn.
+    """
+    jobs = [chunk.step.job for chunk in chunks]
+    theirs = [legs[job.key] for job in jobs]
+    parts = []
+    for chunk, leg in zip(chunks, theirs, strict=True):
+        _check_wishes([chunk.step.job], leg.stack)
+        parts.append(chunk.tensors(leg.stack.needs))
+    sides = [beside for _, _, beside in parts]
+    values = legs.stack.run_joined(
+        [inputs for inputs, _, _ in parts],
+        [leg.cache for leg in theirs],
+        wants_logits=[_asks(job, leg.stack) for job, leg in zip(jobs, theirs, strict=True)],
+        sides=sides,
+    )
+    outcomes = []
+    for chunk, leg, row, beside in zip(chunks, theirs, values, sides, strict=True):
+        try:
+            outcomes.append(_outcome(chunk, leg.stack, row, beside))
+        except Exception as failed:  # such as what is no number: it is in this row alone
+            logger.exception("step %s of %s failed", chunk.step.job.serial, chunk.key)
+            outcomes.append(Outcome(error=told(failed)))
+    return outcomes
+
+
+def pass_of(legs: Legs, chunks: Sequence[Chunk], seconds: float) -> Pass:
+    """The pass that these chunks were in."""
+    jobs = [chunk.step.job for chunk in chunks]
+    stacks = [legs[job.key].stack for job in jobs]
+    blocks = {number for job in jobs for number in range(job.first, job.stop)}
+    has_head = _logits_wanted(chunks, stacks[0]) is not None or any(
+        _asks(job, stack) for job, stack in zip(jobs[1:], stacks[1:], strict=True)
+    )
+    return Pass(sum(chunk.shape.positions for chunk in chunks), len(blocks), has_head, seconds)
+
+
+def undo(legs: Legs, chunk: Chunk) -> None:
+    """Take back what chunks before this one, which cannot be computed as sent, left in its leg.
+
+    Where the family cannot go back so far, the leg can go on from position 0 only.
+    """
+    leg, start = legs.get(chunk.key), chunk.step.job.start
+    if chunk.offset and leg is not None and not leg.cache.is_torn:
+        if leg.cache.can_roll_back(start):
+            leg.cache.rollback(start)
+        else:
+            leg.cache.is_torn = True
+
+
+def _asks(job: StepJob, stack: Stack) -> bool:
+    """Is it for candidates that the step asks?"""
+    return stack.holds_head and job.outputs != "none" and job.candidates is not None
+
+
+def _logits_wanted(chunks: Sequence[Chunk], stack: Stack) -> int | None:
+    """Of how many of the last positions of a run logits are needed: 0 for all, None for none."""
+    first = chunks[0]
+    if not _asks(first.step.job, stack):
+        return None
+    if len(chunks) > 1 or first.step.job.outputs == "all":
+        return 0
+    return 1 if first.is_last else None
+
+
+def _check_wishes(jobs: Sequence[StepJob], stack: Stack) -> None:
+    """StepError for a wish that cannot be met, before anything is computed."""
+    for job in jobs:
+        if _asks(job, stack) and job.candidates is not None:
+            candidates(torch.empty(0, stack.vocabulary_size), job.candidates)  # of no position
+
+
+def _outcome(chunk: Chunk, stack: Stack, values: torch.Tensor, sides: Sides) -> Outcome:
+    """Put what a chunk came to into its step; what the step came to, with its last one.
+
+    `values` are logits where the step asks for candidates and this chunk has some to give.
+    """
+    chunk.step.put(_given(chunk, stack, values, sides))
+    return Outcome(chunk.step.output() if chunk.is_last else {})
+
+
+def _given(chunk: Chunk, stack: Stack, values: torch.Tensor, sides: Sides) -> Output:
+    job = chunk.step.job
+    if stack.holds_head and job.outputs == "none":
+        return {}
+    if stack.holds_head and job.outputs == "last":
+        if not chunk.is_last:
+            return {}
+        values = values[:, -1:]
+    if _asks(job, stack) and job.candidates is not None:
+        return candidates(values[0], job.candidates)
+    return {"hidden": values, **sides}

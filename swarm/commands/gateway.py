@@ -1,0 +1,58 @@
+"""`swarm api`: a peer that serves nothing but HTTP."""
+
+from typing import Annotated
+
+import typer
+
+from swarm.commands.options import ApiKey, ApiKeyFile, Join, Json
+
+
+def api(
+    join: Join = None,
+    host: Annotated[
+        str, typer.Option(envvar="SWARM_API_HOST", help="The address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            envvar="SWARM_API_PORT", min=0, max=65535, help="The port to listen on, 0 for any."
+        ),
+    ] = 0,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
+        ),
+    ] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Answer OpenAI's API for a swarm until Ctrl-C.
+
+    Without --join, the swarm of your running daemon is asked. If none runs,
+    a private swarm of three peers runs the demo model in this process.
+    """
+    from swarm.console import Console, readable_errors
+
+    with readable_errors(is_json=as_json):
+        from swarm.gateway.door import open_door
+        from swarm.gateway.settings import GatewaySettings, read_keys
+
+        if join:
+            from swarm.invite import decode_invite
+
+            decode_invite(join)  # a damaged token is told before anything is loaded
+        settings = GatewaySettings(
+            host=host,
+            port=port,
+            keys=read_keys(tuple(api_key or ()), api_key_file),
+            route_seconds=patience,
+        )
+        door = open_door(settings)
+        import trio
+
+        from swarm.gateway.entry import run_api
+
+        with Console(is_json=as_json) as console:
+            trio.run(run_api, door, join, console)

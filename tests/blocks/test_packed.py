@@ -1,0 +1,150 @@
+"""Packed matrices give what plain ones give, the same for a row whatever is beside it."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import BLOCKS, TinyModel, assert_same, some_ids, whole_logits
+from torch import nn
+
+from blocks.load import load_stack
+from blocks.packed import KEPT_SHARE, LEAST_VALUES, PackedLinear, can_pack, pack
+from blocks.stack import Stack
+
+Get = Callable[[str, bool], TinyModel]
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU has no such matrix units")
+
+KINDS = (torch.float32, torch.bfloat16)
+ANY_SIZE = dict.fromkeys(KINDS, 1)
+
+
+def linear(
+    outputs: int, inputs: int, kind: torch.dtype = torch.float32, *, bias: bool
+) -> nn.Linear:
+    torch.manual_seed(outputs)
+    layer = nn.Linear(inputs, outputs, bias=bias, dtype=kind).requires_grad_(False)
+    nn.init.normal_(layer.weight)
+    return layer
+
+
+def rows_of(count: int, inputs: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(1)).to(kind)
+
+
+def packed_stack(model: TinyModel, start: int = 0, stop: int = BLOCKS) -> Stack:
+    stack = load_stack(model.checkpoint, start, stop)
+    assert pack(stack._carved.model, least_values=ANY_SIZE) > 0
+    return stack
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(96, 32), (100, 70), (256, 1152), (1152, 256)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_rows_product_is_the_same_whatever_rows_are_beside_it(
+    kind: torch.dtype, shape: tuple[int, int], bias: bool
+) -> None:
+    layer, rows = PackedLinear(linear(*shape, kind, bias=bias)), rows_of(300, shape[1], kind)
+    whole = layer(rows)
+    for count in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 32, 33, 64, 128):
+        assert torch.equal(layer(rows[:count]), whole[:count]), count
+        assert torch.equal(layer(rows[-count:]), whole[-count:]), count
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (100, 70), (256, 1152)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_right_but_for_rounding(shape: tuple[int, int], bias: bool) -> None:
+    plain, rows = linear(*shape, bias=bias), rows_of(9, shape[1])
+    layer, exact = PackedLinear(plain), copy.deepcopy(plain).double()
+    terms = rows.abs().double() @ exact.weight.abs().T
+    error = (layer(rows).double() - exact(rows.double())).abs()
+    assert float((error / terms).max()) < 8 * torch.finfo(torch.float32).eps
+    assert layer(rows.view(3, 3, -1)).shape == (3, 3, shape[0])
+    assert torch.equal(layer(rows.view(3, 3, -1)).view(9, -1), layer(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_who_looks_at_a_packed_weight_gets_it_and_leaves_a_plain_layer(kind: torch.dtype) -> None:
+    plain = linear(96, 32, kind, bias=True)
+    with torch.inference_mode():
+        layer = PackedLinear(plain)
+        assert torch.equal(layer.weight, plain.weight)
+    assert type(layer) is nn.Linear
+    assert not layer.weight.is_inference()
+    assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
+    assert not [one for one in vars(layer).values() if torch.is_tensor(one)]
+    rows = rows_of(3, 32, kind)
+    assert torch.equal(layer(rows), plain(rows))
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_gradients_run_through_a_packed_layer(count: int) -> None:
+    plain = linear(96, 32, bias=True)
+    grads = []
+    for layer in (plain, PackedLinear(plain)):
+        rows = rows_of(count, 32).requires_grad_()
+        (layer(rows.view(1, count, 32)) ** 2).sum().backward()
+        grads.append(rows.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_small_shared_or_of_another_dtype_stays_as_it_is() -> None:
+    model = nn.ModuleDict(
+        {
+            "large": nn.Linear(1024, LEAST_VALUES[torch.float32] // 1024),
+            "small": nn.Linear(1023, LEAST_VALUES[torch.float32] // 1024),
+            "of_half": nn.Linear(1024, LEAST_VALUES[torch.float32] // 1024, dtype=torch.float16),
+            "embedding": nn.Embedding(LEAST_VALUES[torch.float32] // 1024, 1024),
+            "head": nn.Linear(1024, LEAST_VALUES[torch.float32] // 1024, bias=False),
+        }
+    )
+    model["head"].weight = model["embedding"].weight
+    assert pack(model) == 1
+    assert isinstance(model["large"], PackedLinear)
+    assert not any(isinstance(model[name], PackedLinear) for name in ("small", "of_half", "head"))
+
+
+def test_packing_stops_while_a_part_of_the_memory_is_still_free() -> None:
+    model = nn.Sequential(*(linear(64, 32, bias=False) for _ in range(10)))
+    size = model[0].weight.nbytes
+
+    def spare_bytes() -> int:
+        """Room for ten such matrices, and each one packed takes some."""
+        return size * (10 - sum(isinstance(one, PackedLinear) for one in model))
+
+    assert pack(model, least_values=ANY_SIZE, spare_bytes=spare_bytes) == 10 - 10 * KEPT_SHARE
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text", "falcon_mamba"])
+def test_a_packed_stack_computes_what_the_whole_model_computes(
+    tiny_model: Get, family: str
+) -> None:
+    model = tiny_model(family, False)
+    stack, ids = packed_stack(model), some_ids(12)
+    cache = stack.new_cache()
+    parts = [
+        stack.run(chunk, cache=cache, start=cache.length, logits_for=0)
+        for chunk in ids.split([9, 1, 1, 1], dim=1)
+    ]
+    assert_same(torch.cat(parts, dim=1), whole_logits(model, ids))
+
+
+def test_a_packed_stack_has_the_gradient_of_a_plain_one(llama: TinyModel) -> None:
+    plain, packed = load_stack(llama.checkpoint, 1, 4), packed_stack(llama, 1, 4)
+    hidden, _ = plain.sample(7)
+    grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))
+    packed.run(hidden)
+    assert_same(packed.backward(hidden, grad), plain.backward(hidden, grad))
+
+
+def test_loading_packs_large_matrices_unless_told_not_to(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("blocks.load.pack", lambda model: asked.append(len(list(model.modules()))))
+    load_stack(llama.checkpoint, 1, 3, packs=False)
+    load_stack(llama.checkpoint, 1, 3, quant="int8")
+    assert not asked
+    load_stack(llama.checkpoint, 1, 3)
+    assert len(asked) == 1
