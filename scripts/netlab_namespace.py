@@ -170,6 +170,7 @@ def end(find: Callable[[], set[int]], grace_seconds: float) -> None:
     deadline = time.monotonic() + grace_seconds
     while (alive := find()) and time.monotonic() < deadline + 5:
         if time.monotonic() > deadline:
+            send_signal(alive, signal.SIGSTOP)  # so that none lives to tell of another's end
             send_signal(alive, signal.SIGKILL)
         else:
             send_signal(alive - asked, signal.SIGTERM)  # once: a second one means haste to some

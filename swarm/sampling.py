@@ -224,7 +224,8 @@ def _penalised(
 
 def _shares(logits: Logits, settings: SamplingSettings) -> NDArray[np.float64]:
     """Unnormalised probabilities of descending `logits` [N], cut to those that may be drawn."""
-    scaled = (logits.astype(np.float64) - float(logits[0])) / settings.temperature
+    with np.errstate(over="ignore"):  # next to no temperature: all but the largest have no share
+        scaled = (logits.astype(np.float64) - float(logits[0])) / settings.temperature
     if 0 < settings.top_k < len(scaled):  # what equals the last one kept is kept too
         scaled = scaled[scaled >= scaled[settings.top_k - 1]]
     shares: NDArray[np.float64] = np.exp(scaled)
