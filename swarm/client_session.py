@@ -110,7 +110,7 @@ class ClientSession:
         self._wall_clock = wall_clock
         self._route_seconds = route_seconds
         self._repair_route = repair_route
-        self._links = Links(host, nursery, self, pulse)
+        self._links = Links(host, nursery, self, pulse, is_shielded=True)
         self._session = Session(
             session=os.urandom(16),
             client=identity.peer,
@@ -189,8 +189,12 @@ class ClientSession:
         self._carry_out(self._session.close())
 
     async def wait_closed(self) -> None:
-        """Return when no stream of this session is open or being closed."""
-        await self._links.wait_empty()
+        """Return when no stream of this session is open or being closed; soon, and also when
+        cancelled: its hops would keep what they hold for their grace time.
+        """
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
+            await self._links.wait_empty()
+        self._links.end()
 
     def received(self, link: int, message: AnyMessage) -> None:
         """A message came over a chain stream."""
@@ -379,5 +383,4 @@ async def open_session(
             yield session
         finally:
             session.close()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_SECONDS):
-                await session.wait_closed()
+            await session.wait_closed()

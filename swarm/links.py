@@ -50,6 +50,7 @@ class _Link:
         self.is_overfull = False
         self.is_silent = False
         self.scope = trio.CancelScope()
+        self.life = trio.CancelScope()
         self._mail = trio.Event()
 
     def push(self, message: Message) -> None:
@@ -84,9 +85,20 @@ class Links:
     """All chain streams of one peer, by number."""
 
     def __init__(
-        self, host: Host, nursery: trio.Nursery, listener: Listener, pulse: Pulse | None = None
+        self,
+        host: Host,
+        nursery: trio.Nursery,
+        listener: Listener,
+        pulse: Pulse | None = None,
+        *,
+        is_shielded: bool = False,
     ) -> None:
-        """`pulse` tells of peers that fall silent; without it only their streams' ends are seen."""
+        """`pulse` tells of peers that fall silent; without it only their streams' ends are seen.
+
+        `is_shielded`: who is cancelled can still say what there is to say; then `end` is awaited by
+        all that was dialled.
+        """
+        self._is_shielded = is_shielded
         self._host = host
         self._pulse = pulse
         self._nursery = nursery
@@ -102,6 +114,11 @@ class Links:
         """Return when no link is open or being opened."""
         while self._links:
             await self._is_empty.wait()
+
+    def end(self) -> None:
+        """Give up all that was dialled, whatever is left to be written."""
+        for link in self._links.values():
+            link.life.cancel()
 
     def new_number(self) -> int:
         """Name a link that does not exist yet."""
@@ -128,6 +145,11 @@ class Links:
         await self._run(link, stream)
 
     async def _run_dialled(self, link: _Link, peer: str) -> None:
+        link.life.shield = self._is_shielded
+        with link.life:
+            await self._dial_and_run(link, peer)
+
+    async def _dial_and_run(self, link: _Link, peer: str) -> None:
         try:
             opened = await self._host.open(peer, CHAIN_PROTOCOL, within=OPEN_SECONDS)
         except SwarmError as error:

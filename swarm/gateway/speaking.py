@@ -15,7 +15,7 @@ from swarm.client_session import ClientSession
 from swarm.errors import SwarmError
 from swarm.gateway.ask import Ask
 from swarm.gateway.metrics import Meter
-from swarm.gateway.sessions import Swarm, in_session
+from swarm.gateway.sessions import Swarm
 from swarm.gateway.speech import Ended, Opened, Piece, Route, Speech
 from swarm.generate import Generation, generate
 from swarm.messages import HopTime
@@ -95,7 +95,8 @@ async def _speak(
     opening = swarm.session(room, prompt=prompt, route_seconds=route_seconds)
     with meter.running.track_inprogress():
         try:
-            await in_session(opening, work)
+            async with opening as session:
+                await work(session)
         except SwarmError as error:
             if not watch.has_ended:
                 meter.lost.inc()

@@ -19,7 +19,6 @@ from swarm.gateway.desk import Desk
 from swarm.gateway.exchange import Exchange
 from swarm.gateway.faults import checked
 from swarm.gateway.requests import ChatMessage, ModelName, TokenId, Tool
-from swarm.gateway.sessions import in_session
 from swarm.generate import mean_hidden
 
 MOST_INPUTS = 2048  # OpenAI's own
@@ -121,7 +120,8 @@ class Texts:
         desk = self._desk
         patience = desk.settings.route_seconds
         opening = desk.swarm.session(len(prompt), route_seconds=patience)
-        mean = await in_session(opening, lambda session: mean_hidden(session, prompt))
+        async with opening as session:
+            mean = await mean_hidden(session, prompt)
         desk.meter.prompt_tokens.inc(len(prompt))
         length = float(np.linalg.norm(mean))
         return mean / np.float32(length) if length > 0 else mean

@@ -49,6 +49,23 @@ def test_what_the_block_raises_leaves_a_session_as_it_is() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.01, 0.1])
+def test_a_session_whose_user_is_cancelled_is_closed_on_its_hops(seconds: float) -> None:
+    """Or they would hold it for a grace time, in case it comes back."""
+
+    async def body(world: World) -> None:
+        servers = await world.add("0:2", "2:4")
+        with trio.move_on_after(seconds):
+            async with world.session() as session:
+                await generate(session, PROMPT, SETTINGS)
+                await trio.sleep_forever()
+        await trio.sleep(0.5)
+        assert [served.server.sessions for served in servers] == [0, 0]
+        assert all(served.server.is_idle for served in servers)
+
+    run(body)
+
+
 def test_a_killed_server_is_replaced_and_the_text_goes_on() -> None:
     async def body(world: World) -> None:
         victim, *_ = await world.add("2:4", "0:2", "2:4")
