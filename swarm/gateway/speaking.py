@@ -92,10 +92,9 @@ async def _speak(
         watch.end(made)
 
     room = len(prompt) + settings.most_tokens
-    opening = swarm.session(room, prompt=prompt, route_seconds=route_seconds)
     with meter.running.track_inprogress():
         try:
-            async with opening as session:
+            async with swarm.session(room, prompt=prompt, route_seconds=route_seconds) as session:
                 await work(session)
         except SwarmError as error:
             if not watch.has_ended:
