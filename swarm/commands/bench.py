@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.options import Join, Json
+from swarm.commands.options import Device, Dtype, Join, Json, Memory, QuantName, Threads
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,32 +69,11 @@ def speed(
         ),
     ] = "1",
     repetitions: Repetitions = 5,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
-        ),
-    ] = "auto",
-    quant: Annotated[
-        str,
-        typer.Option(
-            envvar="SWARM_QUANT",
-            help="auto (only if the blocks would not fit otherwise), none, int8 or nf4.",
-        ),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
-    ] = "cpu",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SWARM_MEMORY", help="The most memory to use, like 8GB. Default: what is free."
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
-    ] = None,
+    dtype: Dtype = "auto",
+    quant: QuantName = "auto",
+    device: Device = "cpu",
+    memory: Memory = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure this machine's blocks of MODEL by themselves, as `swarm serve` would load them.

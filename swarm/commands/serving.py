@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from swarm.commands.options import ApiKey, ApiKeyFile, Join, Json
+from swarm.commands.options import (
+    ApiKey,
+    ApiKeyFile,
+    Device,
+    Dtype,
+    Join,
+    Json,
+    Memory,
+    QuantName,
+    Threads,
+)
 
 
 def serve(
@@ -28,28 +38,10 @@ def serve(
             "--public", envvar="SWARM_PUBLIC", help="Found a swarm that everyone may enter."
         ),
     ] = False,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
-        ),
-    ] = "auto",
-    quant: Annotated[
-        str,
-        typer.Option(
-            envvar="SWARM_QUANT",
-            help="auto (only if the blocks would not fit otherwise), none, int8 or nf4.",
-        ),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
-    ] = "cpu",
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SWARM_MEMORY", help="The most memory to use, like 8GB. Default: what is free."
-        ),
-    ] = None,
+    dtype: Dtype = "auto",
+    quant: QuantName = "auto",
+    device: Device = "cpu",
+    memory: Memory = None,
     disk: Annotated[
         str | None,
         typer.Option(
@@ -94,10 +86,7 @@ def serve(
     name: Annotated[
         str, typer.Option(envvar="SWARM_NAME", help="What the peer map calls this peer.")
     ] = "",
-    threads: Annotated[
-        int | None,
-        typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
-    ] = None,
+    threads: Threads = None,
     api: Annotated[
         str | None,
         typer.Option(

@@ -205,3 +205,8 @@ def _message_state(message: Any) -> object:
     if payload is None:
         return message
     return (type(message), message.serial, getattr(message, "after", 0), message.start)
+
+
+def assert_lawful(found: Found) -> None:
+    print(f"{found.steps} transitions, {found.states} states")  # pytest -rP shows it
+    assert not found.breach, "\n".join([found.breach, *map(str, found.trace)])

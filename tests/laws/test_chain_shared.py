@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from chain_client import Scenario
-from chain_explorer import Found, explore, run_many
+from chain_explorer import assert_lawful, explore, run_many
 from chain_stack import reference
 from chain_world import World
 
@@ -48,11 +48,6 @@ SCENARIOS = {
     "hardly any memory for histories": replace(ALIKE, history_bytes=8 * 14),
 }
 IN_PLACE = pytest.mark.parametrize("in_place", [False, True], ids=["fallback", "in place"])
-
-
-def assert_lawful(found: Found) -> None:
-    print(f"{found.steps} transitions, {found.states} states")  # pytest -rP shows it
-    assert not found.breach, "\n".join([found.breach, *map(str, found.trace)])
 
 
 @IN_PLACE
