@@ -24,7 +24,7 @@ class Offer:
     span: Span
     decode_seconds_per_block: float  # one decode step through one block
     prefill_seconds_per_block_token: float  # one token of a long prompt through one block
-    free_tokens: int  # room in its cache, still unclaimed
+    free_tokens: int  # the longest session it would admit
     head_seconds: float = 0.0  # final norm and head, once per step; counts on the last block only
     wait_seconds: float = 0.0  # expected wait in its queue before a step is computed
     is_online: bool = True

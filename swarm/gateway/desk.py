@@ -5,6 +5,7 @@
 """
 
 import hmac
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from swarm.tasks import in_thread
 
 # Shorter text is encoded in less time than a thread takes to begin.
 _SHORT_CHARACTERS = 16_384
+
+_PORT = re.compile(r":[0-9]*$")
 
 Made = TypeVar("Made")
 
@@ -59,8 +62,18 @@ class Desk:
         return [str(span) for span in uncovered(offers, blocks)]
 
     def check_key(self, request: Request) -> None:
-        """ApiError 401 unless the request holds a key, where one is needed."""
+        """ApiError 401 unless the request holds a key, where one is needed.
+
+        Without keys, 403 for what a page in a browser of this machine may have sent, having named
+        itself by our address.
+        """
         if not self._keys:
+            if not (self.settings.is_open or _is_own_name(request.headers.get("host", ""))):
+                raise ApiError(
+                    403,
+                    "without a key this API answers for localhost only: ask it by that name",
+                    code="host_not_allowed",
+                )
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         given = (
@@ -114,3 +127,9 @@ async def aside(work: Callable[[], Made], characters: int) -> Made:
     if characters <= _SHORT_CHARACTERS:
         return work()
     return await in_thread(work)
+
+
+def _is_own_name(host: str) -> bool:
+    """Is a Host header absent, or one by which a machine calls itself?"""
+    name = _PORT.sub("", host.strip()).strip("[]").lower()
+    return name in ("", "localhost", "127.0.0.1", "::1")

@@ -88,6 +88,37 @@ def test_only_who_shows_a_key_is_answered() -> None:
     trio.run(main)
 
 
+def test_without_keys_only_who_names_this_machine_is_answered_on_loopback() -> None:
+    """A page elsewhere can point its own name at our address, and then ask as a neighbour would."""
+
+    async def main() -> None:
+        own = [
+            "localhost",
+            "localhost:80",
+            "LOCALHOST:8000",
+            "127.0.0.1:8000",
+            "[::1]:8000",
+            "[::1]",
+        ]
+        app = application_of(ScriptedSwarm("x"))
+        for host in own:
+            assert (await ask(app, "/v1/models", headers={"host": host})).status == 200, host
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "localhost.evil.example",
+            "10.0.0.1:8000",
+        ):
+            told = await ask(app, "/v1/models", headers={"host": host})
+            assert (told.status, told.json["error"]["code"]) == (403, "host_not_allowed"), host
+        for settings in ({"host": "0.0.0.0"}, {"keys": ("key",)}):
+            opened = application_of(ScriptedSwarm("x"), **settings)
+            headers = {"host": "evil.example", "x-api-key": "key"}
+            assert (await ask(opened, "/v1/models", headers=headers)).status == 200
+
+    trio.run(main)
+
+
 def test_every_path_but_health_and_the_description_needs_the_key() -> None:
     async def main() -> None:
         app = application_of(ScriptedSwarm("x"), keys=("key",))
