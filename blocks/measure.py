@@ -17,7 +17,6 @@ from blocks.cache import StackCache
 from blocks.carve import causal_class, find_layers, is_tied, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.load import Dtype, resolve_dtype
-from blocks.memory import free_memory_bytes as free_memory_bytes
 from blocks.quantize import Quant
 from blocks.quantizer import layer_targets
 from blocks.stack import Stack

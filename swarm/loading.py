@@ -16,7 +16,8 @@ import trio
 from blocks.executor import Executor
 from blocks.formats import is_nf4_fast
 from blocks.load import Dtype
-from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure
+from blocks.measure import cache_bytes_per_token, measure
+from blocks.memory import free_memory_bytes
 from blocks.quantize import Quant, Wanted, choose_quant
 from blocks.stack import Stack
 from blocks.thread import ComputeThread
@@ -133,21 +134,29 @@ class Loader:
         )
         await in_thread(work)  # for hours perhaps, and Ctrl-C must not wait for it
 
-    async def load(self, span: Span) -> Holding:
-        """Load and measure these blocks; the caller closes what comes back. BadInput as `load`."""
+    async def load_stack(self, span: Span) -> tuple[Stack, Quant]:
+        """Load these blocks, fetched before if need be; also give the format they are held in.
+
+        BadInput as `load`.
+        """
         await self.fetch(span)
-        settings, description = self._settings, self._description
-        progress = self._console.progress(f"loading blocks {span} of {description.card.name}")
+        progress = self._console.progress(f"loading blocks {span} of {self._description.card.name}")
         quant = await in_thread(partial(self._choose_quant, span))
         stack = await load_off_thread(
-            description,
+            self._description,
             span,
             self._dtype,
-            settings.device,
+            self._settings.device,
             progress,
             quant=quant,
             saved=cache_home() / "spans",
         )
+        return stack, quant
+
+    async def load(self, span: Span) -> Holding:
+        """Load and measure these blocks; the caller closes what comes back. BadInput as `load`."""
+        settings, description = self._settings, self._description
+        stack, quant = await self.load_stack(span)
         self._console.note("measuring its speed")
         speeds, token_bytes = await run_in(
             self._thread,

@@ -11,26 +11,22 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from blocks.bench import WARM_STEPS, StackBench
 from blocks.errors import BlocksError
-from blocks.formats import is_nf4_fast
 from blocks.load import Dtype
-from blocks.measure import free_memory_bytes
-from blocks.quantize import Quant, Wanted, choose_quant
 from blocks.stack import Stack
 from blocks.thread import ComputeThread
-from routing.span import Span
 from swarm.bench.rows import Row, speed_text, table_of
 from swarm.console import Console
 from swarm.entering import describe_asked
 from swarm.errors import BadInput, SwarmError
-from swarm.loading import Loader, load_off_thread, run_in
-from swarm.model import Description, weight_bytes
-from swarm.settings import ServeSettings, cache_home
+from swarm.loading import Loader, run_in
+from swarm.model import weight_bytes
+from swarm.settings import ServeSettings
 from swarm.tasks import in_thread
 
 if TYPE_CHECKING:
@@ -62,17 +58,7 @@ async def run_speed(settings: SpeedSettings, console: Console) -> dict[str, Any]
     with ComputeThread(asked.threads) as thread:
         loader = Loader(asked, description, thread, console)
         span = loader.choose((), "")
-        await loader.fetch(span)
-        quant = await in_thread(partial(_quant_of, asked, description, span))
-        stack = await load_off_thread(
-            description,
-            span,
-            cast(Dtype, asked.dtype),
-            asked.device,
-            console.progress(f"loading blocks {span} of {description.card.name}"),
-            quant=quant,
-            saved=cache_home() / "spans",
-        )
+        stack, quant = await loader.load_stack(span)
         console.note(f"measuring, {settings.repetitions} repetitions")
         rows = await in_thread(partial(_measured, stack, thread, prompt, settings))
         threads = await run_in(thread, torch.get_num_threads)
@@ -106,22 +92,6 @@ def prompt_tokens(asked: int | None, decoded: int, context: int) -> int:
             next_step="give smaller numbers to --prompt and --tokens",
         )
     return prompt
-
-
-def _quant_of(asked: ServeSettings, description: Description, span: Span) -> Quant:
-    """The format that `swarm serve` would hold these blocks in."""
-    wanted = cast(Wanted, asked.quant)
-    formats = cast("tuple[Quant, ...]", get_args(Quant))
-    dtype = cast(Dtype, asked.dtype)
-    return choose_quant(
-        wanted,
-        device_kind=asked.device.partition(":")[0],
-        free_bytes=asked.memory_bytes or free_memory_bytes(asked.device),
-        span_bytes={
-            quant: weight_bytes(description, span, dtype, quant, asked.device) for quant in formats
-        },
-        is_nf4_fast=wanted != "nf4" or is_nf4_fast(),
-    ).quant
 
 
 def _measured(

@@ -21,7 +21,7 @@ from swarm.gateway.faults import RETRY_SECONDS, ApiError
 from swarm.gateway.grammar import Grammars
 from swarm.gateway.metrics import Meter
 from swarm.gateway.sessions import Swarm
-from swarm.gateway.settings import GatewaySettings
+from swarm.gateway.settings import OWN_NAMES, GatewaySettings
 from swarm.record import offer_of
 from swarm.tasks import in_thread
 
@@ -132,4 +132,4 @@ async def aside(work: Callable[[], Made], characters: int) -> Made:
 def _is_own_name(host: str) -> bool:
     """Is a Host header absent, or one by which a machine calls itself?"""
     name = _PORT.sub("", host.strip()).strip("[]").lower()
-    return name in ("", "localhost", "127.0.0.1", "::1")
+    return name in ("", *OWN_NAMES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from swarm.errors import BadInput
 
 LOOPBACK = "127.0.0.1"
+OWN_NAMES = (LOOPBACK, "::1", "localhost")  # by which a machine calls itself
 _ADDRESS = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]]*):)?(?P<port>[0-9]{1,5})")
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits into a header, on one line
 
@@ -30,7 +31,7 @@ class GatewaySettings:
     @property
     def is_open(self) -> bool:
         """True when others than this machine's own users may ask, and need no key."""
-        return not self.keys and self.host not in (LOOPBACK, "::1", "localhost")
+        return not self.keys and self.host not in OWN_NAMES
 
 
 def parse_address(text: str) -> tuple[str, int]:

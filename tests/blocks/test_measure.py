@@ -9,7 +9,8 @@ from tiny_models import BLOCKS, PROVEN, TinyModel
 
 from blocks.carve import is_tied
 from blocks.load import load_stack
-from blocks.measure import cache_bytes_per_token, free_memory_bytes, measure, plan_bytes
+from blocks.measure import cache_bytes_per_token, measure, plan_bytes
+from blocks.memory import free_memory_bytes
 from blocks.quantize import Quant
 
 Get = Callable[[str, bool], TinyModel]
