@@ -51,7 +51,7 @@ def request(path: str, body: Any = None, *, length: int | None = None) -> bytes:
     data = b"" if body is None else json.dumps(body).encode()
     method = "GET" if body is None else "POST"
     size = len(data) if length is None else length
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {size}\r\n\r\n".encode() + data
 
 
@@ -108,7 +108,7 @@ def test_half_a_request_and_nonsense_leave_nothing() -> None:
 
 
 HEADERS = (
-    b"Host: x\r\n",
+    b"Host: localhost\r\n",
     b"Content-Length: 5\r\n",
     b"Content-Length: -1\r\n",
     b"Transfer-Encoding: chunked\r\n",
@@ -216,13 +216,13 @@ def test_http_is_spoken_as_it_is_written() -> None:
         return said
 
     async def body(connect: Connect) -> None:
-        head = await said_to(connect, b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        head = await said_to(connect, b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")
         assert head.endswith(b"\r\n\r\n")
         pipelined = await said_to(connect, request("/health") + request("/v1/models"))
         assert pipelined.count(b"HTTP/1.1 200") == 2
         asked = request("/v1/completions", COMPLETION)
-        expecting = asked.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+        expecting = asked.replace(b"Host: localhost", b"Host: localhost\r\nExpect: 100-continue")
         top, _, rest = expecting.partition(b"\r\n\r\n")
         async with await connect() as stream:
             await stream.send_all(top + b"\r\n\r\n")
