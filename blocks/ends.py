@@ -38,10 +38,8 @@ def candidates(logits: torch.Tensor, wish: CandidateWish) -> dict[str, torch.Ten
 
     Raises StepError for ids beyond the vocabulary or an empty choice, BlocksError for NaN.
     """
+    check_wish(wish, logits.shape[-1])
     biased = [token for token, _ in wish.bias]
-    _check_ids((*wish.penalised, *biased, *(wish.allowed or ())), logits.shape[-1])
-    if wish.allowed is not None and not wish.allowed:
-        raise StepError("a wish that allows no id has no candidates")
     if bool(logits.isnan().any()):
         raise BlocksError("the logits are not numbers: these weights do not work in this dtype")
     if wish.bias:
@@ -58,6 +56,15 @@ def candidates(logits: torch.Tensor, wish: CandidateWish) -> dict[str, torch.Ten
         "named": logits[:, _ids((*wish.penalised, *biased), logits)],
         "left": left,
     }
+
+
+def check_wish(wish: CandidateWish, vocabulary: int) -> None:
+    """StepError for what no logits of so many ids could give."""
+    ids = (*wish.penalised, *(token for token, _ in wish.bias), *(wish.allowed or ()))
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise StepError(f"a wish names ids that are not below the vocabulary's {vocabulary}")
+    if wish.allowed is not None and not wish.allowed:
+        raise StepError("a wish that allows no id has no candidates")
 
 
 def _permitted(wish: CandidateWish, logits: torch.Tensor) -> torch.Tensor | None:
@@ -103,8 +110,3 @@ def _is_among_largest(logits: torch.Tensor, count: int) -> torch.Tensor:
 
 def _ids(ids: tuple[int, ...] | list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.long, device=like.device)
-
-
-def _check_ids(ids: tuple[int, ...], vocabulary: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise StepError(f"a wish names ids that are not below the vocabulary's {vocabulary}")
