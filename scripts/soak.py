@@ -82,6 +82,9 @@ class CutStream:
             raise Unreachable("cut")
         await self._stream.send_all(data)
 
+    def post(self, data: bytes) -> bool:
+        return not self._is_cut and self._stream.post(data)
+
     async def receive_some(self) -> bytes:
         self._reading = trio.CancelScope()
         with self._reading:

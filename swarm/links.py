@@ -1,6 +1,7 @@
 """Streams for the chain's machines: carries out Dial, Send and Shut, reports what comes back.
 
-1. Whatever is sent to one link is written in order, one write for each message.
+1. Whatever is sent to one link is written in order. What needs not wait is written without its
+   task, and together with what goes to other links of the same peer.
 2. A reader never waits for compute nor for a writer: it hands over and reads on.
 3. The end of a link is reported once, also when its task is cancelled, and never for a link that
    was shut.
@@ -52,8 +53,12 @@ class _Link:
         self.scope = trio.CancelScope()
         self.life = trio.CancelScope()
         self._mail = trio.Event()
+        self._idle: MessageStream | None = None  # all that was pushed before is written to it
 
     def push(self, message: Message) -> None:
+        if self._idle is not None and self._idle.post(message):
+            return
+        self._idle = None
         if len(self.unwritten) >= MOST_UNWRITTEN:
             self.is_overfull = True
             self.scope.cancel()
@@ -62,7 +67,7 @@ class _Link:
         self._mail.set()
 
     def shut(self) -> None:
-        self.is_shut = True
+        self.is_shut, self._idle = True, None
         self._mail.set()
 
     def fall_silent(self, _peer: str) -> None:
@@ -77,6 +82,7 @@ class _Link:
             if self.is_shut:
                 self.scope.cancel()
                 return
+            self._idle = stream
             self._mail = trio.Event()
             await self._mail.wait()
 

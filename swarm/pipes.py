@@ -89,6 +89,16 @@ class Pipe:
             self._waiting_bytes += len(chunk)
             self.wake()
 
+    def offer(self, data: bytes) -> bool:
+        """Take bytes if the receiver has room for them. False if not, or if it has ended."""
+        is_open = self._end is None and not self._is_ignored
+        if not is_open or self._waiting_bytes + len(data) > WINDOW_BYTES:
+            return False
+        self._items.append((self._due(), data))
+        self._waiting_bytes += len(data)
+        self.wake()
+        return True
+
     async def take(self) -> bytes:
         """Return all bytes that have arrived, at least one. Unreachable at the end."""
         while True:
@@ -197,6 +207,18 @@ class MemoryStream:
             except trio.Cancelled:
                 self.end("a message was cut short", at_once=True)
                 raise
+
+    def post(self, data: bytes) -> bool:
+        """Take all bytes, to be written at once. False, and nothing is taken, if that could wait,
+        or fail.
+        """
+        if self._on_first_use is not None or self._lock.locked():
+            return False
+        try:
+            self._in.check(trio.current_time())
+        except Unreachable:
+            return False
+        return self._out.offer(data)
 
     async def receive_some(self) -> bytes:
         """Return the bytes that are there, at least one. Unreachable when the stream ended."""

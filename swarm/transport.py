@@ -34,6 +34,11 @@ class Stream(Protocol):
         receiver's window waits here for longer than the transport's own write deadline.
         """
 
+    def post(self, data: bytes) -> bool:
+        """Take all bytes, to be written at once and in order with the others. False, and nothing is
+        taken, if that could wait, or fail: `send_all` shall do it.
+        """
+
     async def receive_some(self) -> bytes:
         """Return the bytes that are there, at least one. Unreachable when the stream ended."""
 
@@ -109,6 +114,13 @@ class MessageStream:
         """Write one message. Unreachable if the stream has ended."""
         await self.send_frame(pack(message))
 
+    def post(self, message: Message) -> bool:
+        """Write one message without waiting. False, and nothing is written, where `send` must."""
+        try:
+            return self._stream.post(encode(pack(message), self._limits))
+        except ValueError:  # over the limits: `send` says so
+            return False
+
     async def send_frame(self, frame: Frame) -> None:
         """Write one frame. Unreachable if the stream has ended."""
         await self._stream.send_all(encode(frame, self._limits))
@@ -120,16 +132,20 @@ class MessageStream:
     async def receive_frame(self, *, within: float = float("inf")) -> Frame:
         """Return the next frame. Unreachable at the end or after `within` seconds of silence."""
         while not self._frames:
-            with trio.move_on_after(within) as scope:
-                data = await self._stream.receive_some()
-            if scope.cancelled_caught:
-                raise Unreachable(f"{self.peer} was silent for {within:g} seconds")
+            data = await self._some(within)
             try:
                 self._frames.extend(self._decoder.feed(data))
             except PeerFault as fault:
                 raise PeerFault(f"{self.peer}: {fault.message}") from fault
             self._frames.reverse()
         return self._frames.pop()
+
+    async def _some(self, within: float) -> bytes:
+        if within == float("inf"):
+            return await self._stream.receive_some()
+        with trio.move_on_after(within):
+            return await self._stream.receive_some()
+        raise Unreachable(f"{self.peer} was silent for {within:g} seconds")
 
     async def close(self) -> None:
         """End the stream. Never raises."""

@@ -65,6 +65,12 @@ class _StampedStream:
         self._stamps.write()
         await self._stream.send_all(data)
 
+    def post(self, data: bytes) -> bool:
+        is_taken = self._stream.post(data)
+        if is_taken:
+            self._stamps.write()
+        return is_taken
+
     async def receive_some(self) -> bytes:
         data = await self._stream.receive_some()
         self._stamps.read()

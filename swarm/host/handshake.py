@@ -8,7 +8,7 @@ trip for TCP and one for Noise, the proposals ride along.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,13 @@ from swarm.identity import Identity
 _LENGTH = struct.Struct("!H")
 _MOST_PLAIN_BYTES = 65535 - 16  # of one Noise frame, less its tag
 _INSPECTION_BYTES = 128 << 10
+_MOST_POSTED_BYTES = 256 << 10
 
 
 class Sealed(Channel):
-    """A Noise session over TCP. All frames that have arrived are opened at once."""
+    """A Noise session over TCP. All frames that have arrived are opened at once, and all that were
+    posted in one pass of the event loop go in as few frames as hold them.
+    """
 
     def __init__(self, tcp: Tcp, noise: Any) -> None:
         super().__init__()
@@ -47,6 +50,9 @@ class Sealed(Channel):
         self._uninspected = 0
         self.inspect: Callable[[], None] | None = None
         self._shortcut: Shortcut | None = None
+        self._posted: list[bytes] = []
+        self._posted_bytes = 0
+        self._news = trio.lowlevel.ParkingLot()
 
     def serve(self, mux: Any) -> None:
         """Let the muxer read only what cannot be filed without it. It has read nothing yet."""
@@ -89,10 +95,33 @@ class Sealed(Channel):
         self._torn = data[at:]
         return opened[0] if len(opened) == 1 else b"".join(opened)
 
+    def post(self, frame: bytes) -> bool:
+        """Take a muxer's frame, to be written before whatever is written later. False, and it is
+        not taken, if so much waits already that it could wait long.
+        """
+        if self._head or self._posted_bytes + len(frame) > _MOST_POSTED_BYTES:
+            return False
+        self._posted.append(frame)
+        self._posted_bytes += len(frame)
+        self._news.unpark()
+        return True
+
+    async def write_posted(self, lock: trio.Lock) -> None:
+        """Write what is posted, until cancelled. `lock` is held by whoever writes."""
+        while True:
+            if not self._posted:
+                await self._news.park()
+            async with lock:
+                await self._send(b"")
+
     async def _send(self, data: bytes) -> None:
+        posted, self._posted, self._posted_bytes = self._posted, [], 0
+        frames = [*posted, data] if data else posted
+        if not frames:
+            return  # another writer has taken them along
         pieces: list[bytes] = []
-        for start in range(0, len(data), _MOST_PLAIN_BYTES):
-            sealed = self._noise.encrypt(data[start : start + _MOST_PLAIN_BYTES])
+        for plain in _filled(frames):
+            sealed = self._noise.encrypt(plain)
             pieces += (_LENGTH.pack(len(sealed)), sealed)
         await self._tcp.write(b"".join(pieces))
 
@@ -103,6 +132,26 @@ class Sealed(Channel):
     async def close(self) -> None:
         """Close the socket; what the muxer calls."""
         await self._tcp.close()
+
+
+def _filled(frames: Sequence[bytes]) -> Iterator[bytes]:
+    """The bytes of the muxer's frames in pieces that Noise can seal: whole frames, where they fit,
+    because the other side files only whole ones quickly.
+    """
+    held: list[bytes] = []
+    size = 0
+    for frame in frames:
+        if held and size + len(frame) > _MOST_PLAIN_BYTES:
+            yield b"".join(held)
+            held, size = [], 0
+        if len(frame) > _MOST_PLAIN_BYTES:
+            for start in range(0, len(frame), _MOST_PLAIN_BYTES):
+                yield frame[start : start + _MOST_PLAIN_BYTES]
+            continue
+        held.append(frame)
+        size += len(frame)
+    if held:
+        yield b"".join(held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class Link:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._run_mux)
+                nursery.start_soon(self._write_posted)
                 nursery.start_soon(self._await_proof)
                 await self._accept_streams()
         finally:
@@ -129,6 +130,12 @@ class Link:
             self.shut()
             if self._nursery is not None:
                 self._nursery.cancel_scope.cancel()
+
+    async def _write_posted(self) -> None:
+        try:
+            await self._sealed.write_posted(self._mux._write_lock)
+        except BROKEN:
+            self.shut()  # who reads learns of it
 
     async def _await_proof(self) -> None:
         with trio.move_on_after(HANDSHAKE_SECONDS):

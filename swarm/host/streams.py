@@ -7,6 +7,7 @@ fits the window is one frame, and a stream's first message is also what opens it
 2. A write that is cancelled ends the stream: half a message must not be followed by another.
 3. After `close` the muxer holds nothing of the stream.
 4. What libp2p raises becomes Unreachable here.
+5. However a stream ends, its reader is woken at once.
 """
 
 import struct
@@ -49,6 +50,7 @@ class PeerStream(Channel):
         self._is_announced = is_announced
         self._is_closed = False
         self._lock = trio.Lock()
+        self._awaited: trio.Event | None = None  # the muxer forgets it as it resets a stream
 
     @property
     def peer(self) -> str:
@@ -78,6 +80,21 @@ class PeerStream(Channel):
         await trio.lowlevel.checkpoint_if_cancelled()
         await self.write(data)
 
+    def post(self, data: bytes) -> bool:
+        """Take all bytes, to be written at once. False, and nothing is taken, if that could wait,
+        or fail: the peer's window, another writer, the stream's first message, its end.
+        """
+        muxed = self._muxed
+        is_ready = self._is_announced and not (self._head or self._lock.locked())
+        is_over = self._is_closed or muxed.closed or muxed.send_closed
+        if not is_ready or is_over or len(data) > min(_ONE_FRAME_BYTES, muxed.send_window):
+            return False
+        header = _HEADER.pack(0, TYPE_DATA, 0, self._id, len(data))
+        if not self._mux.secured_conn.post(header + data):
+            return False
+        muxed.send_window -= len(data)
+        return True
+
     async def receive_some(self) -> bytes:
         """Return the bytes that are there, at least one. Unreachable when the stream ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -102,6 +119,7 @@ class PeerStream(Channel):
         if self._is_closed:
             return
         self._is_closed = True
+        self._wake()
         if self._is_announced:
             self._buffer.clear()
             with trio.move_on_after(CLOSE_SECONDS) as scope:
@@ -121,6 +139,7 @@ class PeerStream(Channel):
                 raise self._ended()
             if event.is_set():
                 event = self._mux.stream_events[self._id] = trio.Event()
+            self._awaited = event
             await event.wait()
 
     async def _send(self, data: bytes) -> None:
@@ -189,12 +208,18 @@ class PeerStream(Channel):
             await self._muxed.reset()
         except BROKEN:
             return
+        finally:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Let whoever reads look again."""
+        if self._awaited is not None:
+            self._awaited.set()
 
     def _forget(self) -> None:
-        """Drop what the muxer holds and give back the slot. Whoever still reads is woken."""
+        """Drop what the muxer holds and give back the slot."""
         self._muxed.closed = True
-        if (event := self._mux.stream_events.get(self._id)) is not None:
-            event.set()
+        self._wake()
         self._buffer.clear()
         self._mux._finalize_stream_locked(self._muxed, fully_closed=True)
 

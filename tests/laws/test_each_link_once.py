@@ -65,6 +65,12 @@ class CountedStream:
         self._tally.note(self._own, self.peer, self._decoder, data)
         await self._stream.send_all(data)
 
+    def post(self, data: bytes) -> bool:
+        is_taken = self._stream.post(data)
+        if is_taken:
+            self._tally.note(self._own, self.peer, self._decoder, data)
+        return is_taken
+
     async def receive_some(self) -> bytes:
         return await self._stream.receive_some()
 

@@ -201,4 +201,5 @@ class CountingHost:
                 await write(data)
 
             stream.send_all = send_all  # type: ignore[method-assign]
+            stream.post = lambda data: False  # type: ignore[method-assign]
         return stream

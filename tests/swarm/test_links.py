@@ -135,6 +135,7 @@ def test_a_receiver_that_takes_nothing_is_given_up_in_time() -> None:
 def test_a_link_whose_queue_runs_over_is_given_up() -> None:
     async def body(bench: Bench) -> None:
         number, _ = await bench.dialled()
+        bench.links.carry_out(Send(number, big(1)))  # nobody reads it: the others wait behind it
         for _ in range(MOST_UNWRITTEN + 2):
             bench.links.carry_out(Send(number, Close()))
         await trio.sleep(0.1)

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
+import trio.testing
 from host_worlds import (
     ECHO,
     LIBP2P,
@@ -111,6 +112,21 @@ def test_closing_a_stream_ends_it_for_the_other_side(world: World) -> None:
             await stream.send_all(b"more")
         with pytest.raises(Unreachable):
             await stream.receive_some()
+
+    run_pair(world, talk)
+
+
+def test_closing_a_stream_wakes_its_own_reader(world: World) -> None:
+    async def talk(here: Host, there: Host) -> None:
+        stream = await here.open(there.peer, ECHO, within=SOON)
+        await stream.send_all(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_to_end, stream)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await stream.close()
+            nursery.cancel_scope.deadline = trio.current_time() + SOON / 2
+        assert not nursery.cancel_scope.cancelled_caught
 
     run_pair(world, talk)
 
@@ -263,6 +279,54 @@ def test_messages_of_several_writers_never_mix(world: World) -> None:
     run_pair(world, talk)
 
 
+def test_what_is_posted_arrives_in_order_with_what_is_sent(world: World) -> None:
+    async def talk(here: Host, there: Host) -> None:
+        stream = await here.open(there.peer, ECHO, within=SOON)
+        assert not stream.post(b"the first message opens the stream, and may wait")
+        await stream.send_all(b"open")
+        assert await receive_exactly(stream, 4) == b"open"
+        sent, posted = [], 0
+        for number in range(300):
+            data = b"%05d" % number * (number % 7 + 1)
+            if number % 5 and stream.post(data):
+                posted += 1
+            else:
+                await stream.send_all(data)
+            sent.append(data)
+        assert posted > 200
+        assert await receive_exactly(stream, len(b"".join(sent))) == b"".join(sent)
+
+    run_pair(world, talk)
+
+
+def test_nothing_is_posted_that_would_wait_for_the_receiver(world: World) -> None:
+    async def talk(here: Host, there: Host) -> None:
+        may_read, heard = trio.Event(), bytearray()
+
+        async def read_late(stream: Stream) -> None:
+            heard.extend(await stream.receive_some())
+            await may_read.wait()
+            while len(heard) < expected:
+                heard.extend(await stream.receive_some())
+
+        there.serve("/test/late-post/1", read_late)
+        stream = await here.open(there.peer, "/test/late-post/1", within=SOON)
+        await stream.send_all(b"go")
+        await until(lambda: heard == b"go")
+        taken = [stream.post(bytes([number]) * 50_000) for number in range(40)]
+        posted = taken.index(False)
+        assert 1 <= posted < 20, "a window's worth is taken, and no more"
+        assert not any(taken[posted:]), "what follows is not taken before it"
+        expected = 2 + posted * 50_000
+        may_read.set()
+        await until(lambda: len(heard) == expected)
+        assert heard[2:] == b"".join(bytes([number]) * 50_000 for number in range(posted))
+        await stream.close()
+        assert not stream.post(b"too late")
+
+    run_pair(world, talk)
+
+
 def test_a_cancelled_read_loses_nothing(world: World) -> None:
     async def talk(here: Host, there: Host) -> None:
         stream = await here.open(there.peer, ECHO, within=SOON)
@@ -289,8 +353,18 @@ def test_a_cancelled_write_ends_the_stream(world: World) -> None:
 
         there.serve("/test/late/1", read_late)
         stream = await here.open(there.peer, "/test/late/1", within=SOON)
-        with trio.move_on_after(0.3) as scope:
-            await stream.send_all(bytes(4_000_000))
+        read_to_end = trio.Event()
+
+        async def read() -> None:
+            assert await receive_to_end(stream) == b""
+            read_to_end.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            with trio.move_on_after(0.3) as scope:
+                await stream.send_all(bytes(4_000_000))
+            with trio.fail_after(SOON / 2):
+                await read_to_end.wait()
         assert scope.cancelled_caught
         await until(lambda: bool(heard))
         assert heard[0] < 4_000_000
