@@ -29,6 +29,7 @@ PAGE_POSITIONS = 64
 DIGEST_BYTES = 16
 # An Open carries so many digests, 8 KiB: 32,768 positions.
 MOST_PAGES = 512
+_MOST_UNREAD = 16  # steps of one position whose digest waits
 # Over all legs of a server; some 200 bytes each.
 MOST_INDEXED = 1 << 16
 
@@ -140,6 +141,11 @@ def length_of(payload: Payload) -> int:
     return form.count if form is not None else 0
 
 
+def _is_one_position(payload: Payload) -> bool:
+    """Is it a position of one row, whatever it holds of it?"""
+    return "mask" not in payload and all(tensor.shape[:2] == (1, 1) for tensor in payload.values())
+
+
 def _form_of(payload: Payload) -> _Form | None:
     """The payload as positions, None for what is not one row of them."""
     shapes = [tensor.shape for tensor in payload.values()]
@@ -243,6 +249,7 @@ class Pages:
     shortest: int | None = None  # the least length at which its cache can be shared, as last told
     _end: int = 0  # of what was admitted
     _cuts: deque[tuple[int, int]] = field(default_factory=deque)  # serial, start of rollbacks
+    _unread: list[tuple[int, Payload]] = field(default_factory=list)  # they complete no page
 
     @classmethod
     def begun(cls, fingerprint: str, page: int, digests: Sequence[bytes] = ()) -> "Pages":
@@ -265,8 +272,14 @@ class Pages:
         if start < self._end:
             self._cuts.append((serial, start))
             self.length = min(self.length, start)
-        self._end = start + length_of(payload)
-        self.received.add(start, payload)
+        is_next = start == self._end and _is_one_position(payload)
+        self._end = start + (1 if is_next else length_of(payload))
+        self._unread.append((start, payload))
+        # single ones can wait until a page is full: somebody waits for what comes of each
+        if not is_next or self._end % self.page == 0 or len(self._unread) >= _MOST_UNREAD:
+            for each in self._unread:
+                self.received.add(*each)
+            self._unread.clear()
 
     def computed(self, serial: int, end: int, shortest: int | None) -> None:
         """The step of this serial was computed, the cache is `end` positions long."""

@@ -258,6 +258,10 @@ class Server:
         self._carry_out(self._legs.evict(leg, why, retry_seconds))
 
     def _carry_out(self, actions: list[Action]) -> None:
+        self._act(actions)
+        self._settle()
+
+    def _act(self, actions: list[Action]) -> None:
         if self._is_ending:
             return
         for action in actions:
@@ -280,8 +284,11 @@ class Server:
                 case Grace(leg=number):
                     if number in self._graces:
                         self._graces.pop(number).cancel()
-        self._caches.settle()
-        self._save_memory()
+
+    def _settle(self) -> None:
+        if not self._is_ending:
+            self._caches.settle()
+            self._save_memory()
 
     def _save_memory(self) -> None:
         excess = self.history_bytes - self.room.history_bytes
@@ -308,15 +315,16 @@ class Server:
         if done.serial == 0:  # the leg's cache was to begin as another's, which is no more
             self._carry_out(self._legs.evict(leg, "what it began with is gone", 0.0))
             return
-        self._caches.done(leg, done.length, done.cache_bytes if self.room.cache_bytes else 0)
         payload = payload_of(done.output)
-        error = done.error
-        if error is None and payload_bytes(payload) > MOST_RESULT_BYTES:
-            error = f"a result of {payload_bytes(payload)} bytes fits no frame: send shorter steps"
+        error, size = done.error, payload_bytes(payload)
+        if error is None and size > MOST_RESULT_BYTES:
+            error = f"a result of {size} bytes fits no frame: send shorter steps"
         if error is None:
             time_spent = HopTime(done.seconds, done.waited)
             actions = self._legs.computed(leg, done.serial, payload, time_spent, done.shortest_fork)
         else:
             log.warning("a step failed: %s", error)
             actions = self._legs.failed(leg, error)
-        self._carry_out(actions)
+        self._act(actions)  # first: somebody waits for the result
+        self._caches.done(leg, done.length, done.cache_bytes if self.room.cache_bytes else 0)
+        self._settle()

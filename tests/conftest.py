@@ -2,8 +2,10 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
+from trio._core import _run  # what trio offers its testing libraries for this, and no more public
 
 # Several servers share two cores in these tests; more threads than cores only slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +25,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that could go on at the same moment take turns in the same order in every run."""
+    monkeypatch.setattr(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    monkeypatch.setattr(_run, "_r", Random(0))
 
 
 @pytest.fixture(scope="session")

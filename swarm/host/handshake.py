@@ -38,8 +38,10 @@ _MOST_POSTED_BYTES = 256 << 10
 
 
 class Sealed(Channel):
-    """A Noise session over TCP. All frames that have arrived are opened at once, and all that were
-    posted in one pass of the event loop go in as few frames as hold them.
+    """A Noise session over TCP. All frames that have arrived are opened at once. Of those posted in
+    one pass of the event loop the first goes at once, the others in as few as hold them.
+
+    `lock` is held by whoever waits as it writes.
     """
 
     def __init__(self, tcp: Tcp, noise: Any) -> None:
@@ -50,13 +52,16 @@ class Sealed(Channel):
         self._uninspected = 0
         self.inspect: Callable[[], None] | None = None
         self._shortcut: Shortcut | None = None
+        self.lock = trio.Lock()
         self._posted: list[bytes] = []
         self._posted_bytes = 0
+        self._is_gathering = False
         self._news = trio.lowlevel.ParkingLot()
 
     def serve(self, mux: Any) -> None:
         """Let the muxer read only what cannot be filed without it. It has read nothing yet."""
         self._shortcut = Shortcut(mux)
+        self.lock = mux._write_lock
         held = self._drain()  # came with the proposal
         self._held += self._shortcut.rest(held)
 
@@ -96,34 +101,42 @@ class Sealed(Channel):
         return opened[0] if len(opened) == 1 else b"".join(opened)
 
     def post(self, frame: bytes) -> bool:
-        """Take a muxer's frame, to be written before whatever is written later. False, and it is
-        not taken, if so much waits already that it could wait long.
+        """Write a muxer's frame before whatever is written later. False, and it is not taken, if so
+        much waits already that it could wait long.
         """
         if self._head or self._posted_bytes + len(frame) > _MOST_POSTED_BYTES:
             return False
-        self._posted.append(frame)
-        self._posted_bytes += len(frame)
+        if not self._is_gathering and not self.lock.locked():
+            self._is_gathering = True
+            if not self._tcp.push(self._seal([frame])):
+                self._is_gathering = False
+                return False  # it has ended: who writes and waits is told why
+        else:
+            self._posted.append(frame)
+            self._posted_bytes += len(frame)
         self._news.unpark()
         return True
 
-    async def write_posted(self, lock: trio.Lock) -> None:
-        """Write what is posted, until cancelled. `lock` is held by whoever writes."""
+    async def write_posted(self) -> None:
+        """Write what is posted, until cancelled."""
         while True:
-            if not self._posted:
+            if not self._is_gathering:
                 await self._news.park()
-            async with lock:
+            async with self.lock:
                 await self._send(b"")
+            self._is_gathering = bool(self._posted)
 
-    async def _send(self, data: bytes) -> None:
-        posted, self._posted, self._posted_bytes = self._posted, [], 0
-        frames = [*posted, data] if data else posted
-        if not frames:
-            return  # another writer has taken them along
+    def _seal(self, frames: Sequence[bytes]) -> bytes:
         pieces: list[bytes] = []
         for plain in _filled(frames):
             sealed = self._noise.encrypt(plain)
             pieces += (_LENGTH.pack(len(sealed)), sealed)
-        await self._tcp.write(b"".join(pieces))
+        return b"".join(pieces)
+
+    async def _send(self, data: bytes) -> None:
+        posted, self._posted, self._posted_bytes = self._posted, [], 0
+        frames = [*posted, data] if data else posted
+        await self._tcp.write(self._seal(frames))
 
     def shut(self) -> None:
         """Close the socket now."""

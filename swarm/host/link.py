@@ -133,7 +133,7 @@ class Link:
 
     async def _write_posted(self) -> None:
         try:
-            await self._sealed.write_posted(self._mux._write_lock)
+            await self._sealed.write_posted()
         except BROKEN:
             self.shut()  # who reads learns of it
 

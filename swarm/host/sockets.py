@@ -93,10 +93,21 @@ class Tcp(Channel):
     async def _send(self, data: bytes) -> None:
         # One task writes at a time. Cancelled here, the rest stays and goes before what follows: a
         # frame of Noise that were dropped would end the whole connection.
-        self._unsent = self._unsent + data if self._unsent else self._push(data)
+        if data or self._unsent:
+            self._unsent = self._unsent + data if self._unsent else self._push(data)
         while self._unsent:
             await self._wait(trio.lowlevel.wait_writable)
             self._unsent = self._push(self._unsent)
+
+    def push(self, data: bytes) -> bool:
+        """Write what the kernel takes now; the rest follows with the next write, which must come.
+        False if the connection has ended.
+        """
+        try:
+            self._unsent = self._unsent + data if self._unsent else self._push(data)
+        except RawConnError:
+            return False
+        return True
 
     def _push(self, data: bytes) -> bytes:
         try:

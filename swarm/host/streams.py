@@ -178,7 +178,7 @@ class PeerStream(Channel):
 
     async def _write_frame(self, frame: bytes) -> None:
         # What the muxer's own does, without formatting a line of its log for each frame.
-        lock = self._mux._write_lock
+        lock = self._mux.secured_conn.lock
         try:
             lock.acquire_nowait()
         except trio.WouldBlock:

@@ -20,11 +20,17 @@ class Wire:
 
     def __init__(self) -> None:
         self.writes: list[bytes] = []
+        self.is_open = True
         self.room = trio.Event()
         self.room.set()
 
-    async def write(self, data: bytes) -> None:
+    def push(self, data: bytes) -> bool:
         self.writes.append(data)
+        return self.is_open
+
+    async def write(self, data: bytes) -> None:
+        if data:
+            self.writes.append(data)
         await self.room.wait()
 
 
@@ -37,23 +43,23 @@ def frames(write: bytes) -> list[bytes]:
     return found
 
 
-def test_what_is_posted_in_one_pass_goes_in_one_frame_before_what_is_written() -> None:
+def test_of_what_is_posted_in_one_pass_the_first_goes_at_once_and_the_others_in_one_frame() -> None:
     async def main() -> None:
         wire: Any = Wire()
         sealed = Sealed(wire, PlainNoise())
-        lock = trio.Lock()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(sealed.write_posted, lock)
+            nursery.start_soon(sealed.write_posted)
             await wait_all_tasks_blocked()
             assert all(sealed.post(b"%d," % number) for number in range(16))
+            assert [frames(write) for write in wire.writes] == [[b"0,"]]
             await wait_all_tasks_blocked()
-            assert [frames(write) for write in wire.writes] == [
-                [b"".join(b"%d," % number for number in range(16))]
-            ]
+            others = b"".join(b"%d," % number for number in range(1, 16))
+            assert [frames(write) for write in wire.writes[1:]] == [[others]]
+            assert sealed.post(b"at once")
             assert sealed.post(b"first,")
             await sealed.write(b"second")
             await wait_all_tasks_blocked()
-            assert [frames(write) for write in wire.writes[1:]] == [[b"first,second"]]
+            assert [frames(write) for write in wire.writes[2:]] == [[b"at once"], [b"first,second"]]
             nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -64,9 +70,10 @@ def test_frames_stay_whole_where_a_sealed_one_holds_them() -> None:
         wire: Any = Wire()
         sealed = Sealed(wire, PlainNoise())
         posted = [bytes([number]) * 40_000 for number in range(3)]
+        assert sealed.post(b"at once")
         assert all(map(sealed.post, posted))
         await sealed.write(b"x" * 150_000)
-        (write,) = wire.writes
+        _, write = wire.writes
         assert frames(write)[:3] == posted
         assert b"".join(frames(write)[3:]) == b"x" * 150_000
 
@@ -79,7 +86,7 @@ def test_a_full_socket_bounds_what_is_posted_and_loses_nothing_of_it() -> None:
         sealed = Sealed(wire, PlainNoise())
         wire.room = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(sealed.write_posted, trio.Lock())
+            nursery.start_soon(sealed.write_posted)
             await wait_all_tasks_blocked()
             assert sealed.post(b"stuck")
             await wait_all_tasks_blocked()
@@ -90,6 +97,27 @@ def test_a_full_socket_bounds_what_is_posted_and_loses_nothing_of_it() -> None:
             whole = b"".join(b"".join(frames(write)) for write in wire.writes)
             assert whole == b"stuck" + b"".join(bytes([n]) * 30_000 for n in range(8))
             assert sealed.post(b"room again")
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_nothing_is_posted_past_one_who_waits_as_it_writes_nor_to_what_has_ended() -> None:
+    async def main() -> None:
+        wire: Any = Wire()
+        sealed = Sealed(wire, PlainNoise())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sealed.write_posted)
+            await wait_all_tasks_blocked()
+            async with sealed.lock:
+                assert sealed.post(b"behind")
+                await wait_all_tasks_blocked()
+                assert not wire.writes
+            await wait_all_tasks_blocked()
+            assert [frames(write) for write in wire.writes] == [[b"behind"]]
+            wire.is_open = False
+            assert not sealed.post(b"too late")
+            assert not sealed.post(b"too late")
             nursery.cancel_scope.cancel()
 
     trio.run(main)
