@@ -23,7 +23,8 @@ from swarm.errors import BadInput, PeerFault
 from swarm.messages import Wish
 from swarm.wire import Tensor
 
-DEFAULT_COUNT = 256  # 2 KB per token; the mass left out is below 1 % in real text
+DRAWN_COUNT = 256  # 2 KB per token; the mass left out is below 1 % in real text
+GREEDY_COUNT = 32  # the first would do, but who reads of likely others asks for 20 at most
 MOST_COUNT = 1 << 20  # what a Wish may ask for
 MOST_BIASED = 1024  # what a Wish may carry
 _WORD = (1 << 64) - 1
@@ -129,13 +130,15 @@ class Candidates:
 
 
 def wish_for(
-    settings: SamplingSettings, seen_ids: Iterable[int], *, count: int = DEFAULT_COUNT
+    settings: SamplingSettings, seen_ids: Iterable[int], *, count: int | None = None
 ) -> Wish:
     """Return what to ask the last hop for, so that `choose` has what it needs.
 
     `seen_ids` are the ids of the text so far, prompt included, in any order; for a drafted step
-    also the draft's. `count` is raised to top_k.
+    also the draft's. `count` is raised to top_k; None for what settings like these need.
     """
+    if count is None:
+        count = GREEDY_COUNT if settings.is_greedy else DRAWN_COUNT
     return Wish(
         count=max(count, settings.top_k),
         penalised=tuple(sorted(set(seen_ids))) if settings.is_penalising else (),

@@ -143,7 +143,8 @@ def test_what_the_server_left_out_is_never_drawn_and_the_rest_is_renormalised() 
 
 def test_top_k_beyond_the_usual_count_is_exact() -> None:
     assert wish_for(SamplingSettings(top_k=1000), ()).count == 1000
-    assert wish_for(SamplingSettings(), ()).count == 256
+    assert wish_for(SamplingSettings(temperature=1.0), ()).count == 256
+    assert wish_for(SamplingSettings(), ()).count == 32, "the highest, and 20 to tell of beside it"
 
 
 def test_presence_counts_once_and_frequency_each_time_and_the_prompt_not_at_all() -> None:
