@@ -69,6 +69,7 @@ class Tcp(Channel):
         self._sock = sock
         self._unsent = b""
         self._in_a_row = 0
+        self._is_drained = False  # the last read left nothing
         sock.setblocking(False)
         _tune(sock)
 
@@ -78,16 +79,19 @@ class Tcp(Channel):
             self._in_a_row = 0
             await trio.lowlevel.checkpoint()
         while True:
+            if self._is_drained:
+                self._is_drained, self._in_a_row = False, 0
+                await self._wait(trio.lowlevel.wait_readable)
             try:
                 data = self._sock.recv(_RECEIVE_BYTES)
             except (BlockingIOError, InterruptedError):
-                self._in_a_row = 0
-                await self._wait(trio.lowlevel.wait_readable)
+                self._is_drained = True
                 continue
             except OSError as error:
                 raise RawConnError(f"connection closed: {error}") from error
             if not data:
                 raise RawConnError("connection closed by peer")
+            self._is_drained = len(data) < _RECEIVE_BYTES
             return data
 
     async def _send(self, data: bytes) -> None:

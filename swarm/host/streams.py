@@ -98,7 +98,9 @@ class PeerStream(Channel):
     async def receive_some(self) -> bytes:
         """Return the bytes that are there, at least one. Unreachable when the stream ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self.read()
+        if self._held or self._head or self._proposer is not None:
+            return await self.read()
+        return await self._receive()
 
     async def read(self, n: int | None = None) -> bytes:
         """Return at most n bytes, at least one. Unreachable when the stream ended."""
