@@ -16,9 +16,9 @@ several legs, as many sessions write at once. Pure: no clock, no thread, no tens
    has its turn within C * L passes of the kind, and these are a third of all or more, but for
    training's share.
 6. A run holds as many positions as its steps allow (`Shape.most`), unless its first alone has more.
-7. A joint pass holds at most `most_joint` legs, and their pasts differ so little in length that no
-   more than half of what is read for it is padding, or it is little. Nobody is left who fitted in
-   when its turn came.
+7. A joint pass holds at most `most_joint` legs, and where it `pads` their pasts differ so little in
+   length that no more than half of what is read for it is padding, or it is little. Nobody is left
+   who fitted in when its turn came.
 """
 
 from collections import deque
@@ -116,6 +116,7 @@ class StepQueue(Generic[Job]):
         """ValueError if no step would fit into a joint pass."""
         if most_joint < 1:
             raise ValueError("a pass has at least one position")
+        self.pads = True  # as long as nobody has seen that joint passes do not
         self._most_joint = most_joint
         self._lines: dict[Hashable, _Line[Job]] = {}
         self._unseen: dict[Hashable, None] = {}  # legs whose next job nobody has looked at
@@ -234,7 +235,8 @@ class StepQueue(Generic[Job]):
             if shape is None or (keys and len(keys) >= shape.most):
                 continue
             length = shape.start + 1
-            if keys and not is_dense(len(keys) + 1, max(longest, length), total + length):
+            is_alike = is_dense(len(keys) + 1, max(longest, length), total + length)
+            if keys and self.pads and not is_alike:
                 continue
             most = min(most, shape.most)
             longest, total = max(longest, length), total + length

@@ -241,6 +241,7 @@ class Executor:
             return
         seconds = time.perf_counter() - started
         self._tell(chunks, outcomes, seconds, pass_of(self._legs, chunks, seconds))
+        self._queue.pads = not self._legs.stack.joins_by_rows
 
     def _tell(
         self, chunks: Sequence[Chunk], outcomes: Sequence[Outcome], seconds: float, run: Pass | None

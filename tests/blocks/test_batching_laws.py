@@ -72,10 +72,15 @@ class Model:
     """What a queue should hold, and how long each leg has waited."""
 
     unable: set[str]
+    pads: bool
     lines: dict[str, list[Job]] = field(default_factory=dict)
     waits: dict[str, Wait] = field(default_factory=dict)
     for_train: int = 0  # passes in a row for which training waited
     since: dict[str, int] = field(default_factory=dict)  # passes for which a kind waited
+
+    def fits(self, lengths: list[int]) -> bool:
+        """May pasts of these lengths share a pass?"""
+        return not self.pads or is_dense(len(lengths), max(lengths), sum(lengths))
 
     def kind(self, key: str) -> str:
         """The kind of pass that a leg waits for."""
@@ -126,17 +131,17 @@ def check_joint(model: Model, taken: list[Job], kinds: dict[str, str]) -> None:
     assert len({job.key for job in taken}) == len(taken) <= MOST_JOINT
     assert {kinds[job.key] for job in taken} == {"joint"}
     lengths = [job.shape.start + 1 for job in taken if job.shape is not None]
-    assert is_dense(len(lengths), max(lengths), sum(lengths)) or len(taken) == 1
+    assert model.fits(lengths) or len(taken) == 1
     left = [key for key in kinds if kinds[key] == "joint" and key not in {j.key for j in taken}]
     for key in left:  # work conserving: no room, or a past too long or short when its turn came
         shape = model.lines[key][0].shape
         assert shape is not None
         passes = [[*lengths[:count], shape.start + 1] for count in range(1, len(lengths) + 1)]
-        fits = [is_dense(len(one), max(one), sum(one)) for one in passes]
-        assert len(taken) == MOST_JOINT or not all(fits)
+        assert len(taken) == MOST_JOINT or not all(map(model.fits, passes))
     clients = [job.client for job in taken]
     others = [model.lines[key][0].shape for key in left]
-    if FAR not in [*lengths, *(shape.start + 1 for shape in others if shape)]:  # all would fit
+    far = FAR in [*lengths, *(shape.start + 1 for shape in others if shape)]
+    if not (far and model.pads):  # all would fit
         for client in {key[0] for key in left}:
             most = max(clients.count(other) for other in clients)
             assert clients.count(client) >= most - 1
@@ -177,12 +182,13 @@ def check_waits(model: Model, served: set[str], kind: str, kinds: dict[str, str]
 
 
 @settings(max_examples=300)
-@given(rounds, unable)
+@given(rounds, unable, st.booleans())
 def test_nobody_starves_and_no_pass_leaves_out_who_fits_in(
-    told: list[list[tuple[str, Shape | None]]], unable: set[str]
+    told: list[list[tuple[str, Shape | None]]], unable: set[str], pads: bool
 ) -> None:
     queue: StepQueue[Job] = StepQueue(MOST_JOINT)
-    model = Model(unable)
+    queue.pads = pads
+    model = Model(unable, pads)
     number = 0
     while told or model.lines:
         for key, shape in told.pop(0) if told else ():

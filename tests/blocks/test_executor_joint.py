@@ -112,6 +112,27 @@ def test_sessions_of_different_lengths_decode_in_one_pass_as_they_do_alone(
             assert_as_alone(results, theirs)
 
 
+@pytest.mark.parametrize(("family", "later"), [("llama", [[4], [4]]), ("bloom", [[3, 1], [3, 1]])])
+def test_a_long_past_keeps_to_itself_only_where_others_would_be_padded_to_it(
+    tiny_model: Get,
+    thread: ComputeThread,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    later: list[list[int]],
+) -> None:
+    monkeypatch.setattr("blocks.batching.SPARE_PLACES", 0)
+    monkeypatch.setitem(PROMPTS, "d", 40)
+    model = tiny_model(family, True)
+    sessions = all_sessions(model, thread)
+    with closing(Executor(load_stack(model.checkpoint, *WHOLE), thread)) as executor:
+        alone(executor, [jobs[0] for jobs in sessions.values()])
+        seen = [
+            passes(together(executor, thread, [jobs[step] for jobs in sessions.values()]))
+            for step in range(1, STEPS + 1)
+        ]
+    assert seen == [[3, 1], *later], "the first pass shows whether pasts are padded"
+
+
 def test_final_hidden_states_come_from_a_joint_pass_too(
     llama: TinyModel, thread: ComputeThread, whole: Executor
 ) -> None:
