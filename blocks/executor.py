@@ -125,7 +125,7 @@ class Executor:
         self._backlog.add(job.key, step.byte_count)
 
     def _failing(self, step: Step, outcome: Outcome) -> Errand:
-        return Errand(step.job.key, partial(self._finish, step, outcome))
+        return Errand(step.job.key, partial(self._finish_all, [(step, outcome)]))
 
     def _freed(self, waiting: Chunk | Errand) -> Chunk | Errand | None:
         """What becomes of what waits of a leg that is freed."""
@@ -249,14 +249,24 @@ class Executor:
         """Note a pass, and tell what came of the steps that end with it."""
         if chunks[0].shape.is_decode:
             self._decode_seconds = seconds
+        ended: list[tuple[Step, Outcome]] = []
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             chunk.step.was_in(seconds, len(chunks), run)
             run = None  # the first tells of it
             if outcome.error is not None or chunk.is_last:
-                self._finish(chunk.step, outcome)
+                ended.append((chunk.step, outcome))
+        self._finish_all(ended)
+
+    def _finish_all(self, ended: Sequence[tuple[Step, Outcome]]) -> None:
+        """Tell what came of some steps, all at once: whoever hears of one takes the interpreter."""
+        try:
+            for step, outcome in ended:
+                self._finish(step, outcome)
+        finally:
+            self._bell.ring()
 
     def _finish(self, step: Step, outcome: Outcome) -> None:
-        """Tell what came of a step, once: it may fail as its leg is freed."""
+        """Put down what came of a step, once: it may fail as its leg is freed."""
         if step.is_over:
             return
         job, leg = step.job, self._legs.get(step.job.key)
@@ -280,7 +290,6 @@ class Executor:
         if job.release or done.length == 0:  # a leg that holds nothing is not kept
             self._forget(job.key)
         self._done.append(done)
-        self._bell.ring()
 
     def _forget(self, key: Hashable) -> None:
         """Free a leg."""
