@@ -80,15 +80,17 @@ class Executor:
 
     def submit(self, job: StepJob | ForkJob | FreeJob) -> None:
         """Queue a job. Returns at once; nothing happens after `close`."""
+        is_awaited = False
         with self._lock:
             if isinstance(job, StepJob):
-                self._add(job)
+                is_awaited = self._add(job) and self._is_worth_waiting()
             elif isinstance(job, ForkJob):
                 self._forks.append(job)
             else:
                 self._queue.change(job.key, self._freed)
                 self._queue.add(Errand(job.key, partial(self._forget, job.key)))
-            self._lock.notify()
+            if not is_awaited:  # else the others shall not each wake it
+                self._lock.notify()
             if not self._is_at_work:
                 self._is_at_work = True
                 self._thread.submit(self._work)
@@ -111,10 +113,10 @@ class Executor:
         self._bell.close()
         self._thread.submit(self._legs.clear)
 
-    def _add(self, job: StepJob) -> None:
-        """Queue a step in chunks, or its refusal. Holding the lock."""
+    def _add(self, job: StepJob) -> bool:
+        """Queue a step in chunks, or its refusal; whether it decodes. Holding the lock."""
         self._returns.came(job.key, time.perf_counter())
-        step = Step(job)
+        step, is_decode = Step(job), False
         refused = self._backlog.refusal(job.key, step.byte_count)
         if refused is not None:
             step = Step(replace(job, payload={}))  # what it held is not kept
@@ -122,7 +124,15 @@ class Executor:
         else:
             for chunk in self._cutter.chunks(step):
                 self._queue.add(chunk)
+                is_decode = chunk.shape.is_decode
         self._backlog.add(job.key, step.byte_count)
+        return is_decode
+
+    def _is_worth_waiting(self) -> bool:
+        """Are others about to come who could join the next pass? Holding the lock."""
+        now = time.perf_counter()
+        has_room = len(self._queue) < self._most_joint
+        return has_room and self._returns.worth_waiting(now, self._decode_seconds) > 0
 
     def _failing(self, step: Step, outcome: Outcome) -> Errand:
         return Errand(step.job.key, partial(self._finish_all, [(step, outcome)]))

@@ -290,7 +290,7 @@ def test_sessions_that_cannot_join_decode_in_the_order_of_their_turns(
 
 
 class Patient(Returns):
-    """Waits for whoever comes, and tells that it waits."""
+    """Waits for whoever comes, and tells that the compute thread does."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -298,7 +298,8 @@ class Patient(Returns):
         self.seconds = seconds
 
     def worth_waiting(self, now: float, pass_seconds: float) -> float:
-        self.is_asked.set()
+        if threading.current_thread() is not threading.main_thread():
+            self.is_asked.set()
         return self.seconds
 
 
@@ -316,6 +317,22 @@ def test_a_joint_pass_waits_for_those_who_are_about_to_come(
     results = collected(whole, 2)
     assert passes(results) == [2]
     assert_as_alone(results, theirs)
+
+
+def test_a_pass_that_waits_is_woken_when_the_last_has_come_and_not_for_each(
+    llama: TinyModel, thread: ComputeThread, whole: Executor
+) -> None:
+    sessions = all_sessions(llama, thread)
+    alone(whole, [jobs[0] for jobs in sessions.values()])
+    whole._returns = patient = Patient(PATIENCE_SECONDS)
+    woken, notify = [], whole._lock.notify
+    whole._lock.notify = lambda: (woken.append(key), notify())  # type: ignore[assignment]
+    for key in "abcd":
+        patient.seconds = 0.0 if key == "d" else PATIENCE_SECONDS
+        whole.submit(sessions[key][1])
+        assert patient.is_asked.wait(PATIENCE_SECONDS)
+    assert passes(collected(whole, 4)) == [4]
+    assert woken == ["d"]
 
 
 def test_nobody_who_does_not_come_holds_up_a_pass_for_long(
