@@ -1,88 +1,53 @@
-"""The command `swarm`: its commands put together, and how it ends.
+"""The command `swarm`: how it begins, and how it ends.
 
 1. Whatever goes wrong is one sentence and an exit code of the contract, a misspelt option too.
 2. With --json stdout holds JSON, errors among it, and nothing else.
+3. From its first line on an interruption is no traceback (`swarm.interrupts`).
 """
 
 import io
 import os
 import sys
-from typing import Annotated
+import threading
+from contextlib import suppress
 
-import typer
+from swarm import interrupts
 
-from swarm import __version__
-from swarm.commands import asking, bench, doctor, gateway, planning, seeing, serving
-from swarm.errors import EXIT_INTERRUPTED, BadInput
-
-app = typer.Typer(
-    name="swarm",
-    help="Run large language models on machines that nobody owns together.\n\n"
-    "Each server holds some blocks of one model; your text flows through a chain of them. "
-    "Every server on the chain sees the text's hidden states, the first one its tokens, the last "
-    "one the answer: ask only swarms you trust.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _tell_version(is_asked: bool) -> None:
-    if is_asked:
-        print(f"swarm {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    pass
-
-
-app.command()(serving.serve)
-app.command()(asking.generate)
-app.command()(gateway.api)
-app.command()(seeing.status)
-app.command()(seeing.invite)
-app.add_typer(bench.app, name="bench")
-doctor.doctor.command()(planning.plan)
-app.add_typer(doctor.doctor, name="doctor")
-
-# Typer brings its own copy of click since 0.26: this is UsageError in either.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_YES = ("1", "true", "t", "yes", "y", "on")  # of a variable that switches an option on
 
 
 def main() -> None:
     """The entry point of the command."""
+    interrupts.end_at_once()
+    code = run(sys.argv[1:] or ["--help"])
+    if threading.active_count() > 1:
+        # A thread may still load weights or read from the hub: nobody waits for it.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or none
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def run(words: list[str]) -> int:
+    """Run the command that the words name; return its exit code."""
+    from swarm.commands.app import called
     from swarm.console import readable_errors
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model's text may not fit the locale
     try:
-        with readable_errors(is_json=bool({"--json", "--stream-json"}.intersection(sys.argv))):
-            sys.exit(_called(sys.argv[1:] or ["--help"]))
+        with readable_errors(is_json=_is_json(words)):
+            return called(words)
     except SystemExit as ending:
-        if ending.code == EXIT_INTERRUPTED:
-            # A thread may still load weights or read from the hub: nobody waits for it.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_INTERRUPTED)
-        raise
+        return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
 
 
-def _called(words: list[str]) -> int:
-    """Run the command that the words name; return its exit code. BadInput for a wrong option."""
-    try:
-        code = app(args=words, prog_name="swarm", standalone_mode=False)
-    except _UsageError as error:
-        message = getattr(error, "format_message", error.__str__)()
-        path = getattr(getattr(error, "ctx", None), "command_path", "swarm")
-        raise BadInput(message.rstrip("."), next_step=f"`{path} --help` tells more") from error
-    return code if isinstance(code, int) else 0
+def _is_json(words: list[str]) -> bool:
+    """Is JSON asked for? Also where it is the rest of what was asked that is wrong."""
+    variables = (os.environ.get("SWARM_JSON"), os.environ.get("SWARM_STREAM_JSON"))
+    is_set = any((text or "").lower() in _YES for text in variables)
+    return is_set or bool({"--json", "--stream-json"}.intersection(words))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SWARM = [sys.executable, "-m", "cli"]
 
@@ -34,9 +35,14 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "SWARM_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def serve_words(*arguments: str) -> list[str]:
+    """The words that begin a server on loopback with these arguments."""
+    return ["serve", *arguments, "--host", "127.0.0.1", "--threads", "1", "--json"]
+
+
 def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Begin `swarm serve` with these arguments; what it says goes to a log in `home`."""
-    command = [*SWARM, "serve", *arguments, "--host", "127.0.0.1", "--threads", "1", "--json"]
+    command = [*SWARM, *serve_words(*arguments)]
     with (home / f"serve-{time.monotonic_ns()}.log").open("w") as log:
         return subprocess.Popen(
             command, env=environment(home), stdout=subprocess.PIPE, stderr=log, text=True
@@ -68,13 +74,15 @@ def end(processes: "list[subprocess.Popen[str]]") -> None:
 
 
 @contextmanager
-def serving(home: Path, model: Path, spans: list[str]) -> Iterator[list[ServerProcess]]:
+def serving(
+    home: Path, model: Path, spans: list[str], begin: Callable[..., Any] = start
+) -> Iterator[list[ServerProcess]]:
     """One swarm of servers with these spans; the first founds it, the others start together."""
     common = [str(model), "--dtype", "float32", "--blocks"]
-    begun = [start(home, *common, spans[0])]
+    begun = [begin(home, *common, spans[0])]
     try:
         founder = wait_ready(begun[0])
-        begun += [start(home, *common, span, "--join", founder.join) for span in spans[1:]]
+        begun += [begin(home, *common, span, "--join", founder.join) for span in spans[1:]]
         yield [founder, *(wait_ready(process) for process in begun[1:])]
     finally:
         end(begun)

@@ -90,7 +90,7 @@ def readable_errors(*, is_json: bool) -> Iterator[None]:
             _silence()
             sys.exit(EXIT_INTERRUPTED)
         if not isinstance(error, SwarmError):
-            text = f"{type(error).__name__}: {error}"
+            text = " ".join(f"{type(error).__name__}: {error}".split())
             error = SwarmError(
                 f"a bug in swarm, {text}",
                 next_step="run it again with SWARM_DEBUG=1 and report what it prints",

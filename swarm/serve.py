@@ -10,6 +10,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from swarm.entering import (
     entry_of,
     port_of,
 )
+from swarm.errors import BadInput, PeerFault
 from swarm.host import open_host
 from swarm.identity import first_free_identity, identity_from
 from swarm.invite import Invite, decode_invite, encode_invite, swarm_id_of
@@ -40,6 +42,8 @@ from swarm.notebook import MOST_ADDRESSES, Notebook, SwarmNote, read_notebook, w
 from swarm.reading import read_tables
 from swarm.settings import ServeSettings, home
 from swarm.status import status_of
+from swarm.tasks import in_thread
+from swarm.text import Tokens
 from swarm.transport import Host
 
 if TYPE_CHECKING:
@@ -112,8 +116,20 @@ async def _described(
     """The model to serve, the swarm's if none is named. BadInput unless it may be served there."""
     description = named or await describe_swarms(host, invite)
     check_same_swarm(description, invite)
+    await in_thread(partial(_check_tokenizer, description))
     await check_proven(description, settings, console)
     return description
+
+
+def _check_tokenizer(description: Description) -> None:
+    """BadInput for one that no client could read."""
+    try:
+        Tokens(description.files)
+    except PeerFault as fault:  # here the files are the user's own
+        raise BadInput(
+            f"{description.checkpoint.folder}: {fault.message}",
+            next_step="save the model's fast tokenizer there (save_pretrained)",
+        ) from fault
 
 
 async def _run(

@@ -6,6 +6,7 @@ Imports late what a question to the own daemon does not need: `swarm status` is 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swarm import interrupts
 from swarm.control import ask_daemon
 
 if TYPE_CHECKING:
@@ -148,11 +149,9 @@ def find_status(join: str | None) -> dict[str, Any]:
     """
     if join is None:
         return ask_daemon("status")
-    import trio
-
     from swarm.invite import decode_invite
 
-    return trio.run(_joined_status, decode_invite(join))
+    return interrupts.run(_joined_status, decode_invite(join))
 
 
 async def _joined_status(invite: "Invite") -> dict[str, Any]:

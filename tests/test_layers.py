@@ -132,6 +132,6 @@ def test_the_thin_client_imports_no_torch() -> None:
 
 
 def test_status_and_help_import_neither_libp2p_nor_torch_nor_trio() -> None:
-    loaded = _loaded_after("import cli, swarm.status, swarm.console")
+    loaded = _loaded_after("import cli, swarm.commands.app, swarm.status, swarm.console")
     heavy = {"torch", "transformers", "libp2p", "trio", "numpy", "starlette", "h11"}
     assert not loaded & heavy

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from swarm import interrupts
 from swarm.commands.options import Join, Json
 from swarm.errors import BadInput
 from swarm.settings import DEFAULT_TOKENS
@@ -12,7 +13,8 @@ from swarm.settings import DEFAULT_TOKENS
 
 def generate(
     prompt: Annotated[
-        str, typer.Argument(help="What the text begins with; - reads it from stdin.")
+        str,
+        typer.Argument(metavar="PROMPT", help="What the text begins with; - reads it from stdin."),
     ],
     join: Join = None,
     tokens: Annotated[
@@ -32,14 +34,16 @@ def generate(
         float | None,
         typer.Option(
             envvar="SWARM_TOP_P",
-            help="Choose among the likeliest that share this much. Default: the model's own.",
+            help="Choose among the likeliest tokens that together have this probability. "
+            "Default: the model's own.",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(
             envvar="SWARM_TOP_K",
-            help="Choose among so many, 0 for no limit. Default: the model's own.",
+            help="Choose among so many of the likeliest tokens, 0 for no limit. "
+            "Default: the model's own.",
         ),
     ] = None,
     seed: Annotated[
@@ -55,7 +59,9 @@ def generate(
     patience: Annotated[
         float,
         typer.Option(
-            envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
+            envvar="SWARM_PATIENCE",
+            min=0,
+            help="Seconds to look for servers of all blocks, at first and when one is lost.",
         ),
     ] = 30.0,
     exact: Annotated[
@@ -76,8 +82,8 @@ def generate(
 ) -> None:
     """Continue PROMPT with a model that a swarm runs.
 
-    Without --join, the swarm of your running daemon is asked. If none runs,
-    a private swarm of three peers runs the demo model in this process.
+    Without --join, the swarm of your running daemon (`swarm serve`) is asked. If none
+    runs, a private swarm of three peers runs the demo model in this process.
     """
     from swarm.console import Console, print_answer, printer, readable_errors
 
@@ -95,12 +101,12 @@ def generate(
             route_seconds=patience,
             is_exact=exact,
         )
-        import trio
-
         from swarm.prompt import run_prompt
 
         with Console() as console:
-            made = trio.run(run_prompt, settings, join, console, printer(as_json, stream_json))
+            made = interrupts.run(
+                run_prompt, settings, join, console, printer(as_json, stream_json)
+            )
         print_answer(made, as_json or stream_json)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from swarm.commands.options import Device, Dtype, Join, Json, Memory, QuantName, Threads
+from swarm import interrupts
+from swarm.commands.options import Device, Dtype, Join, Json, Memory, QuantName, Threads, model_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +41,9 @@ Seed = Annotated[int, typer.Option(envvar="SWARM_SEED", help="The same seed, the
 Patience = Annotated[
     float,
     typer.Option(
-        envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
+        envvar="SWARM_PATIENCE",
+        min=0,
+        help="Seconds to look for servers of all blocks, at first and when one is lost.",
     ),
 ]
 
@@ -51,13 +54,19 @@ def speed(
         str | None,
         typer.Argument(
             envvar="SWARM_MODEL",
+            metavar="MODEL",
+            callback=model_name,
             help="A folder with config.json and safetensors shards, or a hub name. "
             "Without it: the small demo model.",
         ),
     ] = None,
     blocks: Annotated[
         str,
-        typer.Option(envvar="SWARM_BLOCKS", help="Which to load: 8:16, a number of them, or auto."),
+        typer.Option(
+            envvar="SWARM_BLOCKS",
+            help="Which to load: 8:16 (blocks 8 to 15), 12 (so many) or auto (what fits into "
+            "memory).",
+        ),
     ] = "auto",
     prompt: Prompt = None,
     tokens: Tokens = 128,
@@ -97,8 +106,6 @@ def speed(
             threads=threads,
         )
         counts = parse_counts(users, "--users")
-        import trio
-
         from swarm.bench.speed import SpeedSettings, rendered, run_speed
 
         settings = SpeedSettings(
@@ -109,7 +116,7 @@ def speed(
             repetitions=repetitions,
         )
         with Console(is_json=as_json) as console:
-            report = trio.run(run_speed, settings, console)
+            report = interrupts.run(run_speed, settings, console)
         _print(report, as_json, rendered)
 
 
@@ -132,8 +139,6 @@ def route(
     from swarm.console import Console, readable_errors
 
     with readable_errors(is_json=as_json):
-        import trio
-
         from swarm.bench.route import RouteSettings, rendered, run_route
 
         settings = RouteSettings(
@@ -144,7 +149,7 @@ def route(
             patience_seconds=patience,
         )
         with Console(is_json=as_json) as console:
-            report = trio.run(run_route, settings, join, console)
+            report = interrupts.run(run_route, settings, join, console)
         _print(report, as_json, rendered)
 
 
@@ -178,8 +183,6 @@ def users(
         from swarm.bench.rows import parse_counts, parse_lengths
 
         many, lengths = parse_counts(counts, "--users"), parse_lengths(prompts, "--prompts")
-        import trio
-
         from swarm.bench.users import UsersSettings, rendered, run_users
 
         settings = UsersSettings(
@@ -191,7 +194,7 @@ def users(
             patience_seconds=patience,
         )
         with Console(is_json=as_json) as console:
-            report = trio.run(run_users, settings, join, console)
+            report = interrupts.run(run_users, settings, join, console)
         _print(report, as_json, rendered)
 
 
@@ -226,7 +229,12 @@ def chaos(
         int, typer.Option(envvar="SWARM_REPLICAS", help="Servers of each span, 2 or more.")
     ] = 2,
     kinds: Annotated[
-        str, typer.Option(envvar="SWARM_KINDS", help="Some of close, kill, stop and cut.")
+        str,
+        typer.Option(
+            envvar="SWARM_KINDS",
+            help="Some of close (it ends in order), kill (at once), stop (it hangs) and cut (its "
+            "network fails).",
+        ),
     ] = "close,kill,stop,cut",
     as_json: Json = False,
 ) -> None:
@@ -237,15 +245,13 @@ def chaos(
     from swarm.console import Console, readable_errors
 
     with readable_errors(is_json=as_json):
-        import trio
-
         from swarm.chaos import rendered, run_chaos
         from swarm.chaos_plan import ChaosSettings, parse_kinds
 
         settings = ChaosSettings(
             kills=kills, tokens=tokens, seed=seed, replicas=replicas, kinds=parse_kinds(kinds)
         )
-        report = trio.run(run_chaos, settings, Console())
+        report = interrupts.run(run_chaos, settings, Console(), is_hasty=False)
         _print(report, as_json, rendered)
         if not report["holds"]:
             sys.exit(1)

@@ -12,7 +12,12 @@ from typing import Annotated
 
 import typer
 
-doctor = typer.Typer(no_args_is_help=True, help="Find out what works here.")
+from swarm import interrupts
+from swarm.commands.options import Json
+
+doctor = typer.Typer(
+    no_args_is_help=True, help="Find out which models work here, or on a list of machines."
+)
 
 _TABLE = Path("docs/families.md")
 
@@ -26,7 +31,10 @@ def _group() -> None:
 def families(
     only: Annotated[
         list[str] | None,
-        typer.Option(envvar="SWARM_FAMILIES_ONLY", help="Only this model type; may come again."),
+        typer.Option(
+            envvar="SWARM_FAMILIES_ONLY",
+            help="Only this model type, named as in config.json. May be repeated.",
+        ),
     ] = None,
     table: Annotated[
         Path | None,
@@ -45,16 +53,14 @@ def families(
     ] = None,
     seconds: Annotated[
         float,
-        typer.Option(envvar="SWARM_FAMILIES_SECONDS", min=1, help="The most for one family."),
+        typer.Option(envvar="SWARM_FAMILIES_SECONDS", min=1, help="The most seconds for one type."),
     ] = 60.0,
-    as_json: Annotated[
-        bool, typer.Option("--json", envvar="SWARM_JSON", help="Print JSON on stdout.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Cut every causal language model of the installed transformers, and compare.
+    """Find out which types of models a swarm can run here, and what each of them offers.
 
-    A tiny random model of each is cut in three stacks. Exit code 1 if a type that the package
-    takes for proven with this version is not.
+    A tiny random model of each type that the installed transformers knows is cut in three and
+    compared with the whole: some minutes. Exit code 1 if a type fails that should not.
     """
     from swarm.console import Console, readable_errors
 
@@ -74,7 +80,8 @@ def families(
 
         # the many processes share what cores there are; each computes with one thread
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        with Console(is_json=as_json) as console:
+        interrupted = interrupts.first(interrupts.interrupt, is_hasty=False)
+        with Console(is_json=as_json) as console, interrupted:
             lost = run_families(settings, show, console.note)
         if lost:
             sys.exit(1)

@@ -66,6 +66,10 @@ def run_families(
             f"the installed transformers has no causal language model of type {unknown[0]}",
             next_step="name types as config.json does, in model_type",
         )
+    for path in (settings.table, settings.proven):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise BadInput(f"{path} cannot be written", next_step="name a file in a folder")
+    before = _listed_in(settings.proven)
     requests = [Request(name) for name in settings.only or known]
     found = examine_all(requests, limit_seconds=settings.limit_seconds, on_done=show)
     note(summary(found))
@@ -74,14 +78,26 @@ def run_families(
         settings.table.write_text(table_of(found, libraries()), encoding="utf-8")
         note(f"wrote {settings.table}")
     if settings.proven is not None:
-        text = settings.proven.read_text(encoding="utf-8") if settings.proven.exists() else "{}"
-        merged = with_families(json.loads(text), version, found)
+        merged = with_families(before, version, found)
         settings.proven.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         note(f"wrote {settings.proven}")
     lost = lost_types(listed().get(minor(version), {}), found)
     for name in lost:
         note(f"{name} is listed as proven and failed")
     return lost
+
+
+def _listed_in(path: Path | None) -> dict[str, Any]:
+    """The list in this file; empty if there is none. BadInput if it is no list of proven types."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(listed, dict):
+        raise BadInput(f"{path} is no list of proven types", next_step="name another file")
+    return listed
 
 
 def lost_types(listed: Mapping[str, Any], found: Sequence[Family]) -> tuple[str, ...]:

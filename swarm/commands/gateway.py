@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from swarm import interrupts
 from swarm.commands.options import ApiKey, ApiKeyFile, Join, Json
 
 
@@ -23,15 +24,18 @@ def api(
     patience: Annotated[
         float,
         typer.Option(
-            envvar="SWARM_PATIENCE", min=0, help="How many seconds to look for a route, each time."
+            envvar="SWARM_PATIENCE",
+            min=0,
+            help="Seconds to look for servers of all blocks, at first and when one is lost.",
         ),
     ] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Answer OpenAI's API for a swarm until Ctrl-C.
+    """Answer programs that speak OpenAI's or Anthropic's API, by a swarm, until Ctrl-C.
 
-    Without --join, the swarm of your running daemon is asked. If none runs,
-    a private swarm of three peers runs the demo model in this process.
+    Prints the base URL that they need; OpenAI's take it with /v1 behind.
+    Without --join, the swarm of your running daemon (`swarm serve`) is asked. If none
+    runs, a private swarm of three peers runs the demo model in this process.
     """
     from swarm.console import Console, readable_errors
 
@@ -39,10 +43,6 @@ def api(
         from swarm.gateway.door import open_door
         from swarm.gateway.settings import GatewaySettings, read_keys
 
-        if join:
-            from swarm.invite import decode_invite
-
-            decode_invite(join)  # a damaged token is told before anything is loaded
         settings = GatewaySettings(
             host=host,
             port=port,
@@ -50,9 +50,7 @@ def api(
             route_seconds=patience,
         )
         door = open_door(settings)
-        import trio
-
         from swarm.gateway.entry import run_api
 
         with Console(is_json=as_json) as console:
-            trio.run(run_api, door, join, console)
+            interrupts.run(run_api, door, join, console)

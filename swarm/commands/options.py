@@ -1,24 +1,60 @@
 """Options that several commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from swarm.errors import BadInput
+
+_DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:[0-9]+)?")
+_MOST_THREADS = 1024  # more than any machine has cores
+
+
+def _join_token(token: str | None) -> str | None:
+    """Tell a damaged token before anything is loaded or asked; an empty one is no token, too."""
+    if token is not None:
+        from swarm.invite import decode_invite
+
+        decode_invite(token)
+    return token
+
+
+def _device(name: str) -> str:
+    if _DEVICE.fullmatch(name) is None:
+        raise BadInput(f"--device {name} is unknown", next_step="choose cpu, cuda or cuda:1")
+    return name
+
+
+def model_name(name: str | None) -> str | None:
+    """What an argument MODEL is called with: an empty one is a variable that was never set."""
+    if name == "":
+        raise BadInput("MODEL is empty", next_step="name a model's folder, or a hub name")
+    return name
+
+
 Join = Annotated[
     str | None,
     typer.Option(
-        "--join", envvar="SWARM_JOIN", help="The join token of the swarm.", metavar="TOKEN"
+        "--join",
+        envvar="SWARM_JOIN",
+        metavar="TOKEN",
+        callback=_join_token,
+        help="The swarm's join token, as `swarm serve` and `swarm invite` print it.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", envvar="SWARM_JSON", help="Print JSON on stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", envvar="SWARM_JSON", help="Print JSON on stdout, errors too.")
+]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(
         "--api-key",
         envvar="SWARM_API_KEY",
         metavar="KEY",
-        help="Who asks the API must show it. May be repeated. Default: nobody needs one.",
+        help="A secret that programs must show the API to be answered. May be repeated. "
+        "Default: nobody needs one.",
     ),
 ]
 ApiKeyFile = Annotated[
@@ -27,24 +63,30 @@ ApiKeyFile = Annotated[
         "--api-key-file",
         envvar="SWARM_API_KEY_FILE",
         metavar="FILE",
-        help="A file with such keys, one a line.",
+        help="A file of such secrets, one a line; other users cannot see it, as they can options.",
     ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
-        envvar="SWARM_DTYPE", help="auto (the checkpoint's own), float32, bfloat16 or float16."
+        envvar="SWARM_DTYPE",
+        help="The numbers to compute with: auto (the checkpoint's own), float32, bfloat16 or "
+        "float16.",
     ),
 ]
 QuantName = Annotated[
     str,
     typer.Option(
         envvar="SWARM_QUANT",
-        help="auto (only if the blocks would not fit otherwise), none, int8 or nf4.",
+        help="Hold the weights in 8 bits (int8) or 4 (nf4), less exactly: none, int8, nf4, or auto "
+        "(only if the blocks would not fit otherwise).",
     ),
 ]
 Device = Annotated[
-    str, typer.Option(envvar="SWARM_DEVICE", help="Where to compute: cpu, cuda, cuda:1.")
+    str,
+    typer.Option(
+        envvar="SWARM_DEVICE", callback=_device, help="Where to compute: cpu, cuda, cuda:1."
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -54,5 +96,10 @@ Memory = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(envvar="SWARM_THREADS", min=1, help="Threads to compute with. Default: all."),
+    typer.Option(
+        envvar="SWARM_THREADS",
+        min=1,
+        max=_MOST_THREADS,
+        help="Threads to compute with. Default: one for each core.",
+    ),
 ]

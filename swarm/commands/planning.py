@@ -13,14 +13,15 @@ from swarm.errors import EXIT_UNCOVERED
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A folder with config.json, that file, or a hub name.")
+        str, typer.Argument(metavar="MODEL", help="A folder with config.json, or that file.")
     ],
     peers: Annotated[
         Path,
         typer.Option(
             "--peers",
             envvar="SWARM_PEERS",
-            help="A TOML file: [[peer]] entries with memory, reads, rtt_ms, name and count.",
+            help='A TOML file of [\\[peer]] entries, each with memory ("24GB") and, if known, '
+            "reads (how much of it per second), rtt_ms (round trip), name, count (of such).",
         ),
     ],
     tokens: Annotated[

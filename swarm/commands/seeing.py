@@ -45,7 +45,7 @@ def status(
 
 
 def invite(as_json: Json = False) -> None:
-    """Print a join token of the swarm that this user's daemon serves in."""
+    """Print a join token of the swarm that your running daemon (`swarm serve`) serves in."""
     from swarm.console import readable_errors
 
     with readable_errors(is_json=as_json):

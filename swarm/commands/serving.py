@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from swarm import interrupts
 from swarm.commands.options import (
     ApiKey,
     ApiKeyFile,
@@ -15,7 +16,9 @@ from swarm.commands.options import (
     Memory,
     QuantName,
     Threads,
+    model_name,
 )
+from swarm.errors import BadInput
 
 
 def serve(
@@ -23,19 +26,27 @@ def serve(
         str | None,
         typer.Argument(
             envvar="SWARM_MODEL",
+            metavar="MODEL",
+            callback=model_name,
             help="A folder with config.json and safetensors shards, or a hub name. "
             "Without it: the swarm's model with --join, else the small demo model.",
         ),
     ] = None,
     blocks: Annotated[
         str,
-        typer.Option(envvar="SWARM_BLOCKS", help="Which to hold: 8:16, a number of them, or auto."),
+        typer.Option(
+            envvar="SWARM_BLOCKS",
+            help="Which to hold: 8:16 (blocks 8 to 15), 12 (so many) or auto (what fits into "
+            "memory); the last two are taken where they are needed most.",
+        ),
     ] = "auto",
     join: Join = None,
     public: Annotated[
         bool,
         typer.Option(
-            "--public", envvar="SWARM_PUBLIC", help="Found a swarm that everyone may enter."
+            "--public",
+            envvar="SWARM_PUBLIC",
+            help="Found a swarm that everyone may enter who knows a peer's address.",
         ),
     ] = False,
     dtype: Dtype = "auto",
@@ -65,7 +76,8 @@ def serve(
         list[str] | None,
         typer.Option(
             envvar="SWARM_ANNOUNCE",
-            help="Tell others this multiaddr too, like /ip4/203.0.113.5/tcp/4001.",
+            help="Tell others this address of yours too, say your router's that sends its port "
+            "here: /ip4/203.0.113.5/tcp/4001. May be repeated.",
         ),
     ] = None,
     only_announced: Annotated[
@@ -92,7 +104,8 @@ def serve(
         typer.Option(
             envvar="SWARM_API",
             metavar="HOST:PORT",
-            help="Answer OpenAI's API there, too. Without HOST: on loopback.",
+            help="Answer programs that speak OpenAI's or Anthropic's API there, too. Without "
+            "HOST: on loopback.",
         ),
     ] = None,
     api_key: ApiKey = None,
@@ -109,7 +122,8 @@ def serve(
 ) -> None:
     """Hold some blocks of MODEL and serve them until Ctrl-C.
 
-    The first Ctrl-C finishes what runs, the second leaves at once.
+    Prints how others join, once it serves. The first Ctrl-C finishes what runs,
+    the second leaves at once.
     """
     from swarm.console import Console, readable_errors
 
@@ -135,10 +149,10 @@ def serve(
             name=checked.parse_name(name),
             threads=threads,
         )
-        if join:
-            from swarm.invite import decode_invite
-
-            decode_invite(join)  # a damaged token is told before torch is loaded
+        if only_announced and not announce:
+            raise BadInput(
+                "--only-announced needs an address to announce", next_step="give --announce"
+            )
         door = None
         if api is not None:
             from swarm.gateway.door import open_door
@@ -147,9 +161,7 @@ def serve(
             address, number = parse_address(api)
             keys = read_keys(tuple(api_key or ()), api_key_file)
             door = open_door(GatewaySettings(host=address, port=number, keys=keys))
-        import trio
-
         from swarm.serve import serve as run_server
 
         with Console(is_json=as_json) as console:
-            trio.run(run_server, settings, console, door)
+            interrupts.run(run_server, settings, console, door)

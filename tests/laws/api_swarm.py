@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from processes import ServerProcess, end, start, wait_ready
+from preloaded import start
+from processes import ServerProcess, end, wait_ready
 
 from swarm.settings import DEMO_FOLDER
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 from api_swarm import PROMPT, ApiSwarm, api_swarm, logs
 from openai import OpenAI
-from processes import swarm
+from preloaded import swarm
 
 KEY = "a-key-of-the-tests"
 MESSAGES = [{"role": "user", "content": "Tell me of a girl and her dog."}]

@@ -8,7 +8,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from processes import SWARM, environment, swarm
+from preloaded import swarm
+from processes import SWARM, environment
 
 
 @pytest.mark.slow

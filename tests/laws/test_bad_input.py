@@ -8,7 +8,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from processes import ServerProcess, serving, swarm
+from preloaded import serving, swarm
+from processes import ServerProcess
 
 from swarm.invite import Invite, decode_invite, encode_invite
 from swarm.settings import DEMO_FOLDER
@@ -115,6 +116,43 @@ def test_nobody_at_the_tokens_address(partial: tuple[Path, ServerProcess], tmp_p
     )
     made = swarm(tmp_path, "generate", "Hello", "--join", encode_invite(dead))
     told(made, 4, "answers", "token")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["serve", ""], "MODEL"),
+        (["serve", "--join", ""], "token"),
+        (["generate", "Hello", "--join", ""], "token"),
+        (["api", "--join", ""], "token"),
+        (["serve", "--device", "meta"], "--device"),
+        (["serve", "--only-announced"], "--announce"),
+        (["serve", "--threads", "100000"], "--threads"),
+        (["serve", "--blocks", "5:3"], "--blocks"),
+        (["serve", "--memory", "0"], "--memory"),
+    ],
+)
+def test_what_cannot_be_meant(tmp_path: Path, words: list[str], named: str) -> None:
+    """As of a variable in a script that was never set: nothing else is done in its place."""
+    told(swarm(tmp_path, *words, within=20.0), 2, named)
+
+
+@pytest.mark.parametrize("written", [b"", b"{", b"{}", b"\xff"])
+def test_a_tokenizer_that_no_client_could_read(tmp_path: Path, written: bytes) -> None:
+    model = copied_demo(tmp_path)
+    (model / "tokenizer.json").write_bytes(written)
+    told(swarm(tmp_path, "serve", str(model), *HERE, within=20.0), 2, str(model), "tokenizer")
+
+
+def test_more_memory_than_there_may_be(tmp_path: Path) -> None:
+    told(swarm(tmp_path, "serve", "--memory", "1", *HERE), 2, "does not fit", "--memory")
+
+
+def test_a_key_that_another_server_uses(
+    partial: tuple[Path, ServerProcess], tmp_path: Path
+) -> None:
+    key = str(next(partial[0].glob("identity-*.key")))
+    told(swarm(tmp_path, "serve", "--identity", key, *HERE), 2, key, "another process")
 
 
 def test_status_without_a_daemon(tmp_path: Path) -> None:

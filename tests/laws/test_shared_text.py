@@ -9,7 +9,8 @@ import pytest
 import torch
 import trio
 from bench import entered
-from processes import ServerProcess, serving, swarm
+from preloaded import serving, swarm
+from processes import ServerProcess
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.generate import GenerateSettings, generate

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import trio
 from bench import entered
-from processes import ServerProcess, environment, serving, swarm
+from preloaded import serving, swarm
+from processes import ServerProcess, environment
 
 from routing.route import Hop, Route
 from routing.span import Span
@@ -159,10 +160,7 @@ def test_a_real_generation_imports_no_torch(told: Told, tmp_path: Path) -> None:
     program = """
 import sys
 import cli
-try:
-    cli.main()
-except SystemExit as ended:
-    code = ended.code
+code = cli.run(sys.argv[1:])
 heavy = {"torch", "transformers", "bitsandbytes", "safetensors"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else code)
 """

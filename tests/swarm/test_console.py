@@ -1,8 +1,11 @@
 """What was raised becomes one sentence and an exit code."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -41,6 +44,13 @@ def test_an_error_is_one_sentence_with_the_next_step(capsys: pytest.CaptureFixtu
     assert capsys.readouterr() == ("", "swarm: there is no x: make one\n")
 
 
+def test_a_bug_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code_of(RuntimeError("one thing:\n  another"))
+    told = capsys.readouterr().err
+    assert told.startswith("swarm: a bug in swarm, RuntimeError: one thing: another: ")
+    assert told.count("\n") == 1
+
+
 def test_with_json_an_error_is_an_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     code_of(BadInput("there is no x", next_step="make one"), is_json=True)
     out, err = capsys.readouterr()
@@ -49,12 +59,14 @@ def test_with_json_an_error_is_an_object_on_stdout(capsys: pytest.CaptureFixture
     assert err == ""
 
 
-def command(*words: str, stdout: object = subprocess.PIPE) -> "subprocess.CompletedProcess[str]":
+def command(
+    *words: str, environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "cli", *words],
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.PIPE,
-        stdout=stdout,  # type: ignore[arg-type]
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=60,
         check=False,
@@ -85,17 +97,44 @@ def test_an_impossible_choice_is_told_before_any_swarm_is_asked(words: tuple[str
     assert "private" not in made.stderr
 
 
-@pytest.mark.parametrize("name", ["serve", "generate", "status"])
-def test_every_option_has_help_and_a_variable_and_fits_a_terminal(name: str) -> None:
+def commands() -> dict[str, Any]:
+    """All commands by their words."""
     import typer.main
 
-    import cli
+    from swarm.commands.app import app
 
-    found = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
-    for option in found.params:
-        if option.name not in ("help", "prompt"):
-            assert option.help, option.name
-            assert option.envvar, option.name
+    found: dict[str, Any] = {}
+
+    def collect(words: str, one: Any) -> None:
+        for name, inner in getattr(one, "commands", {}).items():
+            collect(f"{words} {name}".strip(), inner)
+        if not hasattr(one, "commands"):
+            found[words] = one
+
+    collect("", typer.main.get_command(app))
+    return found
+
+
+def test_every_option_has_help_and_a_variable() -> None:
+    assert {"serve", "bench chaos", "doctor plan"} < commands().keys()
+    for words, command in commands().items():
+        for option in command.params:
+            assert option.help, (words, option.name)
+            assert option.envvar or option.param_type_name == "argument", (words, option.name)
+
+
+def test_no_word_of_a_help_is_taken_for_markup() -> None:
+    from rich.markup import render
+
+    for words, command in commands().items():
+        for text in (command.help, *(option.help for option in command.params)):
+            assert render(text).plain == text.replace("\\[", "["), words
+
+
+def test_json_asked_for_by_variable_is_what_a_misspelt_command_gets_too() -> None:
+    made = command("generate", "a", "--bogus", environment={"SWARM_JSON": "true"})
+    assert json.loads(made.stdout)["error"]["kind"] == "bad_input"
+    assert made.stderr == ""
 
 
 def test_the_version_is_told_without_a_command() -> None:

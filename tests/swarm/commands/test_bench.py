@@ -1,18 +1,20 @@
 """`swarm bench` as its users type it: blocks by themselves, a real swarm, and wrong words."""
 
+import io
 import json
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import SWARM, ServerProcess, environment, serving, swarm
-from typer.testing import CliRunner
+from preloaded import serving, swarm
+from processes import SWARM, ServerProcess, environment
 
+import cli
 from swarm.bench.rows import PARTS
-from swarm.commands.bench import app
 from swarm.settings import DEMO_FOLDER
 
 SHORT = ("--tokens", "4", "--repetitions", "2")
@@ -20,8 +22,9 @@ SHORT = ("--tokens", "4", "--repetitions", "2")
 
 def run(*words: str) -> tuple[int, str]:
     """The exit code and stdout of `swarm bench` with these words, in this process."""
-    result = CliRunner().invoke(app, [*words])
-    return result.exit_code, result.stdout
+    said = io.StringIO()
+    with redirect_stdout(said):
+        return cli.run(["bench", *words]), said.getvalue()
 
 
 def test_the_speed_of_blocks_is_told_as_one_object() -> None:

@@ -135,6 +135,24 @@ def test_a_type_that_transformers_does_not_know_is_bad_input(tmp_path: Path) -> 
     assert json.loads(out)["error"]["kind"] == "bad_input"
 
 
+def test_what_cannot_be_written_is_told_before_anything_is_tried(
+    tmp_path: Path, trials: list[tuple[list[str], float]]
+) -> None:
+    (tmp_path / "damaged").write_text("{")
+    (tmp_path / "other").write_text("[1]")
+    for words in (
+        ("--table", "nowhere/page.md"),
+        ("--table", "."),
+        ("--proven", "nowhere/list.json"),
+        ("--proven", "damaged"),
+        ("--proven", "other"),
+    ):
+        code, out, told = run("--only", "llama", *words, folder=tmp_path)
+        assert (code, out, told.count("\n")) == (2, "", 1), told
+        assert words[1] in told
+    assert not trials
+
+
 def test_the_cause_of_a_failure_is_told_only_where_it_failed() -> None:
     gone = Family("recurrent_gemma", (Check("interleaved", "fails", 1.0, "differs"),))
     assert "sessions mix" in family_trials.reason_of(gone)
