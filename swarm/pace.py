@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from blocks.executor import Done
 
 WEIGHT = 1 / 16  # of one step in an average: some twenty steps show a change
+# Of a pass the blocks take so much at least: the head was measured by itself, and perhaps too long.
+LEAST_SHARE = 0.1
 MOST_SURPRISE = 10.0  # a step counts as so many times the average at most
 MOST_DECODED = (
     8  # positions in a step that still reads weights rather than computes: a short verify
@@ -59,11 +61,11 @@ class Pace:
         now: float,
     ) -> None:
         """A pass of so many positions went through so many blocks; `now` on any one clock."""
-        if positions < 1 or blocks < 1:
+        if positions < 1 or blocks < 1 or seconds <= 0:
             return
         self._wait = _moved(self._wait_at(now), waited)
         self._waited_at = now
-        net = max(seconds - (self._head if has_head else 0.0), 0.0)
+        net = max(seconds - (self._head if has_head else 0.0), LEAST_SHARE * seconds)
         if positions <= MOST_DECODED:
             per_block = min(net / blocks, self._decode * MOST_SURPRISE)
             self._decode = _moved(self._decode, per_block)

@@ -2,7 +2,15 @@
 
 from dataclasses import dataclass
 
-from swarm.pace import MOST_SURPRISE, WAIT_HALF_LIFE_SECONDS, WEIGHT, Pace, PacedExecutor, Speeds
+from swarm.pace import (
+    LEAST_SHARE,
+    MOST_SURPRISE,
+    WAIT_HALF_LIFE_SECONDS,
+    WEIGHT,
+    Pace,
+    PacedExecutor,
+    Speeds,
+)
 
 MEASURED = Speeds(
     decode_seconds_per_block=0.01, prefill_seconds_per_block_token=0.001, head_seconds=0.02
@@ -35,6 +43,12 @@ def test_long_steps_move_the_prefill_figure_only() -> None:
 
 def test_the_head_is_not_counted_as_blocks() -> None:
     assert paced(200, has_head=True, seconds=0.04).speeds(0.0) == MEASURED
+
+
+def test_a_head_that_was_measured_too_slow_leaves_the_blocks_something() -> None:
+    speeds = paced(1000, has_head=True, seconds=0.01).speeds(0.0)
+    assert speeds.decode_seconds_per_block == LEAST_SHARE * 0.01 / 2
+    assert paced(1000, seconds=0.0).speeds(0.0) == MEASURED, "a clock too coarse tells nothing"
 
 
 def test_one_step_after_a_sleep_of_the_machine_moves_a_figure_little() -> None:
