@@ -69,7 +69,8 @@ class Void(nn.Module):  # type: ignore[misc]  # torch is not followed
         # a learned position's first argument may be the mask of the whole past
         value = kwargs.get("position_ids")
         if value is None:
-            value = args[0] if args else next(iter(kwargs.values()))
+            given = (one for one in (*args, *kwargs.values()) if one is not None)
+            value = next(given)  # some are told of ids that are not there
         twin, width = self.__dict__["twin"], self.__dict__["width"]
         if width is None:
             return value
@@ -205,11 +206,20 @@ def _runs_layer(call: ast.Call, called: set[str]) -> bool:
 def _arity_of(target: ast.expr, tree: ast.AST) -> int:
     if isinstance(target, ast.Tuple):
         return len(target.elts)
+    read = ast.unparse(target)
+    # a loop that asks whether it got a tuple takes a bare tensor, too
+    optional = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.IfExp) and ast.unparse(node.test).startswith(f"isinstance({read},")
+        for part in ast.walk(node)
+    }
     indices = [
         node.slice.value
         for node in ast.walk(tree)
         if isinstance(node, ast.Subscript)
-        and ast.unparse(node.value) == ast.unparse(target)
+        and id(node) not in optional
+        and ast.unparse(node.value) == read
         and isinstance(node.slice, ast.Constant)
         and isinstance(node.slice.value, int)
     ]
@@ -237,7 +247,7 @@ def carve(model: PreTrainedModel, start: int, stop: int) -> None:
     if not (holds_first or holds_last):
         _empty_ends(model, parts.path)
     elif not holds_last:
-        _void(model, model.get_output_embeddings())
+        void(model, model.get_output_embeddings())
     elif not holds_first:
         _void_tables(model, parts.path)
     names = {name for name, _ in model.named_parameters()}
@@ -303,10 +313,11 @@ def _void_tables(model: PreTrainedModel, path: str) -> None:
         is_table = isinstance(module, nn.Embedding) and module.num_embeddings in sizes
         in_layers = name.startswith(f"{path}.")
         if module is not kept and not in_layers and (is_table or module is embedding):
-            _void(model, module)
+            void(model, module)
 
 
-def _void(model: PreTrainedModel, unneeded: nn.Module | None) -> None:
+def void(model: PreTrainedModel, unneeded: nn.Module | None) -> None:
+    """Put a stand-in wherever the model has this module."""
     for name, module in list(model.named_modules()):
         if unneeded is not None and module is unneeded:
             owner, _, attribute = name.rpartition(".")

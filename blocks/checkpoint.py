@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError  # what configs check their fields with
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
@@ -246,7 +247,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
 def _config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is of no model type that transformers knows "
             f"({_first_line(error)}); choose another model or a newer transformers"

@@ -5,8 +5,12 @@ quantize. Its families let other code compute them, and say in what shape they w
 
 1. One expert is multiplied at a time: no more than its own matrix is ever unpacked.
 2. Experts that no token chose are not touched.
+3. Where a checkpoint holds experts one by one, they are quantized one by one: a stack of them all
+   would take most of a block.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +19,44 @@ from torch import nn
 from blocks.formats import Form, Matrix
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Unstacked:
+    """Matrices of the experts of a block as they were read: a stack [experts, ., .] not yet made.
+
+    `parts` holds for each part of a matrix, top to bottom, that of every expert. ValueError if they
+    would make no stack.
+    """
+
+    parts: Sequence[Sequence[torch.Tensor]]
+
+    def __post_init__(self) -> None:
+        counts = {len(part) for part in self.parts}
+        shapes = [{one.shape for one in part} for part in self.parts]
+        widths = {shape[1:] for found in shapes for shape in found}
+        if len(counts) != 1 or len(widths) != 1 or any(len(found) != 1 for found in shapes):
+            raise ValueError(f"{counts} experts with parts of the shapes {shapes} make no stack")
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the stack."""
+        height = sum(part[0].shape[0] for part in self.parts)
+        return torch.Size((len(self.parts[0]), height, *self.parts[0][0].shape[1:]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+        return self.parts[0][0].device
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        """One expert's matrix [., .]."""
+        parts = [part[number] for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def stacked(self) -> torch.Tensor:
+        """The stack, made."""
+        return torch.stack([self[number] for number in range(self.shape[0])])
 
 
 class QuantExperts:

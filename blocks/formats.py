@@ -21,6 +21,8 @@ from typing import Any, Literal, cast
 import torch
 from torch.nn.functional import linear
 
+from blocks.direct import packed_product
+
 Kind = Literal["int8", "nf4"]
 Parts = Mapping[str, torch.Tensor]
 
@@ -175,9 +177,13 @@ class Matrix:
     def _multiply_packed(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _PACKED_KERNEL_ROWS:
             return linear(rows, self.whole(rows.dtype))
-        state = self._state(torch.bfloat16)
-        product = _bitsandbytes().functional.gemv_4bit(rows, self.parts["codes"], state=state)
-        return cast(torch.Tensor, product)
+        codes, scales = self.parts["codes"], self.parts["scales"]
+        product = packed_product(_bitsandbytes())
+        if product is not None:
+            return product(rows.to(torch.bfloat16), codes, scales).to(rows.dtype)
+        operator, code = torch.ops.bitsandbytes.gemv_4bit.default, _nf4_code(codes.device)
+        size = (self.form.outputs, self.form.inputs)
+        return cast(torch.Tensor, operator(rows, codes, size, scales, code, _GROUP))
 
     def _state(self, dtype: torch.dtype) -> Any:
         functional = _bitsandbytes().functional

@@ -140,11 +140,11 @@ def load_stack(
     `dtype` is what the stack computes in, quantized or not. A quantized span is kept as a copy in
     the folder `saved`, if given, and taken from there the next time; all copies together take no
     more than `saved_budget_bytes`. `progress` gets (values read, values in all), from threads of
-    the loader but never from two at once. On a CPU large unquantized matrices are packed if it
-    `packs` (see `blocks.packed`); other weights, where their dtype is the files', stay pages of the
-    files, also of the copies: leave those be. Raises CheckpointError naming the tensor that
-    is missing, has another shape or is NaN, MemoryError if shards cannot be mapped, ValueError for
-    blocks that the model does not have.
+    the loader but never from two at once. On a CPU large unquantized matrices, heads too, are
+    packed if it `packs` (see `blocks.packed`); other weights, where their dtype is the files', stay
+    pages of the files, also of the copies: leave those be. Raises CheckpointError naming the tensor
+    that is missing, has another shape or is NaN, MemoryError if shards cannot be mapped, ValueError
+    for blocks that the model does not have.
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
@@ -157,8 +157,8 @@ def load_stack(
         copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
         model = span.load_quantized(quant, copies)
     stack = Stack.of(model.requires_grad_(False).to(device), start, stop)
-    if packs and quant == "none":
-        pack(model)
+    if packs:
+        pack(model, looks_up=start == 0)
     return stack
 
 

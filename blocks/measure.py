@@ -17,6 +17,7 @@ from blocks.cache import StackCache
 from blocks.carve import causal_class, find_layers, is_tied, text_config
 from blocks.checkpoint import Checkpoint
 from blocks.load import Dtype, resolve_dtype
+from blocks.packed import packs_tied
 from blocks.quantize import Quant
 from blocks.quantizer import layer_targets
 from blocks.stack import Stack
@@ -43,7 +44,7 @@ class Sizes:
     embedding_bytes: int
     head_bytes: int  # also where the head is the embedding's matrix (see `span_bytes`)
     other_bytes: int  # all else outside the blocks: norms, positions
-    is_tied: bool
+    is_tied: bool  # who has both ends holds one matrix; not so where a tied head is packed
 
     def span_bytes(self, start: int, stop: int) -> int:
         """What a stack of the blocks `start:stop` takes, ends included, a shared matrix once."""
@@ -90,16 +91,23 @@ def cache_bytes_per_token(stack: Stack) -> int:
 
 
 def plan_bytes(
-    checkpoint: Checkpoint, dtype: Dtype, quant: Quant = "none", *, device: str = "cpu"
+    checkpoint: Checkpoint,
+    dtype: Dtype,
+    quant: Quant = "none",
+    *,
+    device: str = "cpu",
+    packs: bool = True,
 ) -> Sizes:
     """Count what each part of the checkpoint's model takes in `dtype`, without reading weights.
 
-    With `quant`, as much of the blocks as can be is held in that format on the device.
+    With `quant`, as much of the blocks as can be is held in that format on the device. `packs` as
+    `load_stack` does on this CPU; False for machines elsewhere.
     """
     config = text_config(checkpoint.config)
     with torch.device("meta"):
         model = causal_class(config)(config)
-    itemsize = resolve_dtype(checkpoint, dtype).itemsize
+    held_in = resolve_dtype(checkpoint, dtype)
+    itemsize = held_in.itemsize
 
     def taken(*modules: nn.Module | None) -> int:
         weights = {one for module in modules if module for one in module.parameters()}
@@ -113,12 +121,14 @@ def plan_bytes(
                 weight = model.get_parameter(target.path)
                 saved[number] += weight.numel() * itemsize - target.byte_count
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    may_pack = packs and torch.device(device).type == "cpu"
+    is_packed = may_pack and head is not None and packs_tied(head.weight.numel(), held_in)
     return Sizes(
         block_bytes=tuple(taken(layer) - less for layer, less in zip(layers, saved, strict=True)),
         embedding_bytes=taken(embedding),
         head_bytes=taken(head),
         other_bytes=taken(model) - taken(layers, embedding, head),
-        is_tied=is_tied(model),
+        is_tied=is_tied(model) and not is_packed,
     )
 
 

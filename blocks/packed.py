@@ -6,21 +6,28 @@ much for four (`scripts/step_bench.py`).
 
 1. A row's product is the same to the bit whatever rows are beside it, but differs from the plain
    layout's by rounding.
-2. A matrix is held once: packed, or plain where other code looks at it.
+2. A matrix is held once: packed, or plain where other code looks at it. A tied head is packed
+   beside the embedding if tokens are looked up here, else in its place.
 3. Packing leaves room: it stops while a part of the memory that was free still is.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from blocks.carve import void
 from blocks.memory import ask_huge_pages, own_memory_bytes
 
 # In a smaller matrix the call costs one session more than is won.
-LEAST_VALUES = {torch.float32: 2**20, torch.bfloat16: 2**18}
+LEAST_VALUES = {torch.float32: 2**17, torch.bfloat16: 2**17}
+
+# A tied head may take memory beside the embedding: smaller ones win too little by it. A step of 10
+# blocks of 1024 is 1.2 times faster by it with 32,000 tokens (`scripts/step_bench.py`).
+LEAST_TIED_VALUES = 2**24
 
 # Of the memory that is free before packing, what caches, histories and steps may need.
 KEPT_SHARE = 0.2
@@ -105,48 +112,87 @@ def can_pack() -> bool:
     )
 
 
+def packs_tied(values: int, dtype: torch.dtype) -> bool:
+    """Is a tied head of so many values packed on this CPU, while memory lasts?"""
+    return can_pack() and dtype in _kinds(LEAST_VALUES) and values >= LEAST_TIED_VALUES
+
+
 def pack(
     model: nn.Module,
     *,
+    looks_up: bool = True,
     least_values: Mapping[torch.dtype, int] = LEAST_VALUES,
     spare_bytes: Callable[[], int] = own_memory_bytes,
 ) -> int:
     """Pack the large matrices of a model's linear layers where they stand; return how many.
 
     What is left as it is: matrices of another dtype or of fewer values than `least_values` says, or
-    that something else shares (a tied head), or on another device; and what is left when no more
-    than `KEPT_SHARE` of the `spare_bytes` of the start would stay. Matrices that were pages of
-    files become memory of the process.
+    that something else shares, or on another device; and what is left when no more than
+    `KEPT_SHARE` of the `spare_bytes` of the start would stay. A head that shares its matrix with
+    the embedding alone gets one of its own if `packs_tied`; the embedding goes unless the model
+    `looks_up` tokens in it. Matrices that were pages of files become memory of the process.
     """
     if not can_pack():
         return 0
     kept = KEPT_SHARE * spare_bytes()
     packed = 0
-    for path in list(_packable(model, least_values)):
+    tied = _tied_head(model)
+    for path in [*_packable(model, least_values), *tied]:
         if spare_bytes() - model.get_submodule(path).weight.nbytes < kept:
             break
         model.set_submodule(path, PackedLinear(model.get_submodule(path)))
         packed += 1
+        if path in tied and not looks_up:
+            embedding = model.get_input_embeddings()
+            void(model, embedding)
+            embedding.to("meta")  # what stands for it still answers by its sizes
     return packed
+
+
+def _kinds(least_values: Mapping[torch.dtype, int]) -> set[torch.dtype]:
+    """Those that this CPU has kernels for."""
+    kinds = set(least_values)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        kinds.discard(torch.bfloat16)
+    return kinds
 
 
 def _packable(model: nn.Module, least_values: Mapping[torch.dtype, int]) -> Iterator[str]:
     """The paths of linear layers that can be packed, and are worth it."""
-    shared = Counter(
-        weight.data_ptr() for _, weight in model.named_parameters(remove_duplicate=False)
-    )
-    kinds = set(least_values)
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        kinds.discard(torch.bfloat16)
+    sharers, kinds = _sharers(model), _kinds(least_values)
     for path, module in model.named_modules():
-        if type(module) is not nn.Linear:
-            continue
-        weight, bias = module.weight, module.bias
-        if (
-            weight.dtype in kinds
-            and weight.device.type == "cpu"
-            and weight.numel() >= least_values[weight.dtype]
-            and shared[weight.data_ptr()] == 1
-            and (bias is None or bias.dtype == weight.dtype)
-        ):
-            yield path
+        if _is_plain(module, kinds):
+            weight = module.weight
+            is_large = weight.numel() >= least_values[weight.dtype]
+            if is_large and len(sharers[weight.data_ptr()]) == 1:
+                yield path
+
+
+def _tied_head(model: nn.Module) -> list[str]:
+    """The path of a head that has the embedding's matrix, if packing it is worth it."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if head is None or not _is_plain(head, _kinds(LEAST_VALUES)):
+        return []
+    embedding, weight = model.get_input_embeddings(), head.weight
+    sharing = _sharers(model)[weight.data_ptr()]
+    is_theirs = len(sharing) == 2 and all(one is head or one is embedding for one in sharing)
+    if not is_theirs or not packs_tied(weight.numel(), weight.dtype):
+        return []
+    return [path for path, module in model.named_modules() if module is head]
+
+
+def _is_plain(module: nn.Module, kinds: set[torch.dtype]) -> bool:
+    """Is this a linear layer on the CPU, of a kind that can be packed?"""
+    if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        return False
+    kind, bias = module.weight.dtype, module.bias
+    return kind in kinds and (bias is None or bias.dtype == kind)
+
+
+def _sharers(model: nn.Module) -> Mapping[int, list[nn.Module]]:
+    """The modules that hold each weight, by its address."""
+    found: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            found[weight.data_ptr()].append(module)
+    return found

@@ -8,13 +8,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from blocks.experts import STACKS, QuantExperts, quantized_class
+from blocks.experts import STACKS, QuantExperts, Unstacked, quantized_class
 from blocks.formats import Form, Kind, Matrix, form_of, quantize
 
 Quant = Literal["none", "int8", "nf4"]
@@ -167,7 +167,10 @@ def _targets_of(owner: str, module: nn.Module, kind: Kind, device: str) -> Itera
 
 
 def hold(
-    model: nn.Module, target: Target, dtype: torch.dtype, weight: torch.Tensor | None = None
+    model: nn.Module,
+    target: Target,
+    dtype: torch.dtype,
+    weight: torch.Tensor | Unstacked | None = None,
 ) -> None:
     """Put a quantized layer in the place of the target's; without a `weight`, an empty one on meta.
 
@@ -236,7 +239,7 @@ def held_parts(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _parts(target: Target, weight: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _parts(target: Target, weight: torch.Tensor | Unstacked | None) -> dict[str, torch.Tensor]:
     form, count = target.form, target.experts
     if weight is None:
         lead = () if count is None else (count,)
@@ -244,15 +247,15 @@ def _parts(target: Target, weight: torch.Tensor | None) -> dict[str, torch.Tenso
             part: torch.empty((*lead, *shape), dtype=dtype, device="meta")
             for part, (shape, dtype) in form.parts.items()
         }
-    if target.is_transposed:
-        weight = weight.transpose(-2, -1)
     if count is None:
-        return quantize(weight, form)
+        whole = cast(torch.Tensor, weight)
+        return quantize(whole.t() if target.is_transposed else whole, form)
     stacks = {
         part: torch.empty((count, *shape), dtype=dtype, device=weight.device)
         for part, (shape, dtype) in form.parts.items()
     }
     for number in range(count):
-        for part, tensor in quantize(weight[number], form).items():
+        one = weight[number]
+        for part, tensor in quantize(one.t() if target.is_transposed else one, form).items():
             stacks[part][number] = tensor
     return stacks

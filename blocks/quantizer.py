@@ -1,7 +1,8 @@
 """Quantizes a span while transformers loads it, one tensor at a time.
 
 1. A tensor is quantized as soon as it is read and converted, and dropped: at no moment is more
-   than one block's worth of it in memory unquantized.
+   than one block's worth of it in memory unquantized. Of a mixture that is read expert by expert,
+   it is one expert's worth where the dtype is the files'.
 2. What is quantized, and how, is told by `targets` from the empty model: the plan of bytes, the
    loader and the copies on disk agree because they ask the same function.
 """
@@ -12,11 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+)
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blocks.carve import find_layers
+from blocks.experts import Unstacked
 from blocks.formats import Kind, is_nf4_fast
 from blocks.quantize import Target, hold, shortfall, targets
 
@@ -55,6 +62,21 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not foll
     ) -> bool:
         return param_name in self._wanted
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel
+    ) -> list[Any]:
+        """Leave the stacking of experts that will be quantized to us, who never do it."""
+        return [self._unstacking(one) for one in weight_conversions]
+
+    def _unstacking(self, conversion: Any) -> Any:
+        if not isinstance(conversion, WeightConverter) or not _stacks_experts(conversion):
+            return conversion
+        return conversion.copy(
+            list(conversion._original_source_patterns),
+            list(conversion._original_target_patterns),
+            operations=[_Unstack(self._wanted, conversion.operations)],
+        )
+
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._wanted, self.quantization_config)
 
@@ -64,6 +86,52 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not foll
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _stacks_experts(conversion: WeightConverter) -> bool:
+    """Does it stack one matrix of each expert, or one made of several, one above the other?"""
+    match conversion.operations:
+        case [MergeModulelist(dim=0)]:
+            return len(conversion.source_patterns) == 1
+        case [MergeModulelist(dim=0), Concatenate(dim=1)]:
+            return len(conversion.target_patterns) == 1
+    return False
+
+
+class _Unstack(ConversionOps):  # type: ignore[misc]  # transformers is not followed
+    """Hands on the experts of a block as they were read, if they will be quantized."""
+
+    def __init__(self, wanted: dict[str, Target], operations: list[ConversionOps]) -> None:
+        self._wanted, self._operations = wanted, operations
+
+    def __deepcopy__(self, memory: dict[int, Any]) -> "_Unstack":
+        return self  # the loader copies it for every tensor; nothing of it changes
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        **named: Any,
+    ) -> dict[str, Any]:
+        """As the operations of transformers would, but for the stack."""
+        if full_layer_name in self._wanted:
+            try:
+                parts = [input_dict[name] for name in source_patterns]
+                return {target_patterns[0]: Unstacked(parts)}
+            except (KeyError, ValueError):
+                pass  # a part is missing or odd: transformers says which
+        for operation in self._operations:
+            input_dict = operation.convert(
+                input_dict,
+                source_patterns=source_patterns,
+                target_patterns=target_patterns,
+                full_layer_name=full_layer_name,
+                **named,
+            )
+        return input_dict
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]  # transformers is not followed
@@ -89,7 +157,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]  # transformers is not fol
                 del self._wanted[path]  # left to the loader, which notes every wrong shape
                 target = None
             if target is None:
-                left[path] = tensor
+                left[path] = tensor.stacked() if isinstance(tensor, Unstacked) else tensor
                 continue
             try:
                 hold(model, target, self._config.dtype, tensor)

@@ -12,7 +12,8 @@ bytes_ratio            loaded bytes of a span in the format / in bfloat16
 decode_ms, speedup     one token through 4 blocks with 64 in the cache; bfloat16's time / this one's
 prefill_ms             a chunk of 512 tokens through them
 error                  relative difference of the blocks' change from bfloat16's (random weights!)
-first_start, second    seconds: quantizing, and from the saved copy
+first_start, second    seconds: quantizing, and from the saved copy, of which
+check_start            seconds to check the copy's bytes
 anonymous_over_span    highest anonymous memory while loading less before, / the span in bfloat16
 beyond_result          the same less the loaded bytes, / a block in bfloat16; fresh processes
 check_seconds_per_gb   finding NaN in a GB of bfloat16; checking a GB of a saved copy
@@ -44,6 +45,7 @@ from blocks.stack import Stack
 
 FORMATS: tuple[Quant, ...] = ("none", "int8", "nf4")
 SPAN = (4, 8)
+WHOLE = (0, 12)
 MIXTURE_SPAN = (1, 3)
 GIGABYTE = 2**30
 
@@ -95,6 +97,13 @@ def thread_ms(work: Callable[[], object]) -> float:
     begun = time.thread_time()
     work()
     return (time.thread_time() - begun) * 1000
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 def compare(checkpoint: Checkpoint, span: tuple[int, int], rounds: int) -> dict[str, Any]:
@@ -161,9 +170,11 @@ def starts(checkpoint: Checkpoint, span: tuple[int, int], rounds: int, folder: P
                 wall[is_second].append(time.perf_counter() - begun)
                 cpu[is_second].append(time.process_time() - used)
                 outputs.append(stack.run(hidden))
+        (copy,) = saved.iterdir()
         found[quant] = {
             "first_start": median(wall[False]),
             "second_start": median(wall[True]),
+            "check_start": median(timed(lambda: checksum(copy)) for _ in range(rounds)),  # noqa: B023
             "times_faster": median(wall[False]) / median(wall[True]),
             "times_faster_cpu": median(cpu[False]) / median(cpu[True]),
             "outputs_identical": all(torch.equal(outputs[0], one) for one in outputs),
@@ -271,6 +282,7 @@ def main() -> None:
             "dense": compare(dense, SPAN, asked.rounds),
             "mixture": compare(mixture, MIXTURE_SPAN, asked.rounds),
             "dense_starts": starts(dense, SPAN, asked.rounds, folder / "dense"),
+            "whole_dense_starts": starts(dense, WHOLE, asked.rounds, folder / "whole"),
             "mixture_starts": starts(mixture, MIXTURE_SPAN, asked.rounds, folder / "mixture"),
             "dense_memory": memory(dense, SPAN, folder, 3),
             "mixture_memory": memory(mixture, MIXTURE_SPAN, folder, 3),

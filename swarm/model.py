@@ -130,12 +130,14 @@ def sizes_of(
     *,
     device: str = "cpu",
     cache_tokens: int | None = None,
+    packs: bool = True,
 ) -> BlockSizes:
     """Return what each part costs, its share of cache and history included, before loading.
 
     `cache_tokens`: of all sessions together; by default a few conversations of full length.
+    `packs`: as this machine would, see `plan_bytes`.
     """
-    planned = plan_bytes(checkpoint, dtype, quant, device=device)
+    planned = plan_bytes(checkpoint, dtype, quant, device=device, packs=packs)
     return BlockSizes(
         block_bytes=planned.block_bytes,
         embedding_bytes=planned.embedding_bytes + planned.other_bytes,
@@ -164,7 +166,7 @@ def wanted_of(model: str, dtype: str, quant: str, tokens: int | None) -> Wanted:
         name=drawn.folder.resolve().name,
         dtype=dtype,
         quant=quant,
-        sizes=sizes_of(drawn, known, cast(Quant, quant), cache_tokens=tokens),
+        sizes=sizes_of(drawn, known, cast(Quant, quant), cache_tokens=tokens, packs=False),
         bytes_per_token=drawn.hidden_size * resolve_dtype(drawn, known).itemsize,
     )
 

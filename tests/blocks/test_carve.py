@@ -56,9 +56,23 @@ class TakesCheckpointedTuple(_Loop):
         return x
 
 
+class TakesEither(_Loop):
+    def forward(self, x):
+        for layer in self.layers:
+            outputs = layer(x)
+            x = outputs[0] if isinstance(outputs, tuple) else outputs
+        return x
+
+
 @pytest.mark.parametrize(
     ("loop", "arity"),
-    [(TakesTensor, 0), (TakesPair, 2), (TakesFirstOfTwo, 2), (TakesCheckpointedTuple, 1)],
+    [
+        (TakesTensor, 0),
+        (TakesPair, 2),
+        (TakesFirstOfTwo, 2),
+        (TakesCheckpointedTuple, 1),
+        (TakesEither, 0),
+    ],
 )
 def test_the_form_of_a_layer_is_read_from_the_loop_that_runs_it(
     loop: type[nn.Module], arity: int
@@ -98,6 +112,7 @@ def test_a_void_gives_zeros_of_the_width_that_a_matrix_would_give_or_else_its_in
     torch.testing.assert_close(Void(table)(ids), torch.zeros(2, 3, 4, dtype=torch.bfloat16))
     torch.testing.assert_close(Void(nn.Linear(3, 5))(hidden), torch.zeros(2, 5))
     assert Void(nn.LayerNorm(3))(hidden) is hidden
+    assert Void(nn.LayerNorm(3))(input_ids=None, inputs_embeds=hidden) is hidden
     mask_of_past = torch.ones(2, 8, dtype=torch.long)
     assert Void(table)(mask_of_past, 5, position_ids=ids).shape == (2, 3, 4)
 

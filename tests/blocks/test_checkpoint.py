@@ -105,6 +105,7 @@ def test_only_safetensors_are_read(folder: Path) -> None:
     ("changes", "reason"),
     [
         ({"model_type": "no-such-family"}, "no model type that transformers knows"),
+        ({"hidden_size": "many"}, "config.json .*hidden_size"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized already"),
         ({"num_hidden_layers": 0}, "no usable num_hidden_layers"),
     ],

@@ -44,6 +44,8 @@ REPRESENTATIVE = (
     "gpt_oss",  # sinks
     "llama4_text",  # chunked attention
     "qwen3_next",  # recurrent layers among full ones
+    "blenderbot",  # a loop that takes tuples and bare tensors
+    "modernbert-decoder",  # an embedding that is told of ids that are not there
 )
 
 LISTED = {

@@ -8,7 +8,9 @@ import torch
 from tiny_models import BLOCKS, TinyModel, assert_same, some_ids, whole_logits
 from torch import nn
 
+from blocks import packed
 from blocks.load import load_stack
+from blocks.measure import plan_bytes
 from blocks.packed import KEPT_SHARE, LEAST_VALUES, PackedLinear, can_pack, pack
 from blocks.stack import Stack
 
@@ -141,10 +143,59 @@ def test_a_packed_stack_has_the_gradient_of_a_plain_one(llama: TinyModel) -> Non
 def test_loading_packs_large_matrices_unless_told_not_to(
     llama: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr("blocks.load.pack", lambda model: asked.append(len(list(model.modules()))))
+    asked: list[bool] = []
+    monkeypatch.setattr("blocks.load.pack", lambda model, *, looks_up: asked.append(looks_up))
     load_stack(llama.checkpoint, 1, 3, packs=False)
-    load_stack(llama.checkpoint, 1, 3, quant="int8")
     assert not asked
     load_stack(llama.checkpoint, 1, 3)
-    assert len(asked) == 1
+    load_stack(llama.checkpoint, 0, 3, quant="int8")  # its head is not quantized
+    assert asked == [False, True]
+
+
+@pytest.fixture
+def small_tied_heads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_TIED_VALUES", 1)
+
+
+@pytest.mark.usefixtures("small_tied_heads_too")
+@pytest.mark.parametrize("span", [(0, BLOCKS), (3, BLOCKS)])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_a_tied_head_is_packed_and_the_embedding_stays_where_tokens_are_looked_up(
+    tiny_model: Get, family: str, span: tuple[int, int]
+) -> None:
+    checkpoint, (first, _) = tiny_model(family, True).checkpoint, span
+    plain, stack = (load_stack(checkpoint, *span, packs=packs) for packs in (False, True))
+    model = stack._carved.model
+    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    assert any("emb" in name or "wte" in name for name, _ in model.named_parameters()) == (
+        not first
+    )
+    inputs = some_ids(7) if stack.holds_embedding else stack.sample(7)[0]
+    assert_same(stack.run(inputs, logits_for=0), plain.run(inputs, logits_for=0))
+
+
+@pytest.mark.usefixtures("small_tied_heads_too")
+@pytest.mark.parametrize("span", [(0, 2), (2, 4), (4, BLOCKS), (0, BLOCKS)])
+def test_a_packed_tied_head_is_in_the_plan_of_bytes(tiny_model: Get, span: tuple[int, int]) -> None:
+    checkpoint = tiny_model("llama", True).checkpoint
+    model = load_stack(checkpoint, *span)._carved.model
+    plain = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+    heads = [one.byte_count for one in model.modules() if isinstance(one, PackedLinear)]
+    assert len(heads) == (span[1] == BLOCKS)
+    assert plan_bytes(checkpoint, "float32").span_bytes(*span) == sum([*plain.values(), *heads])
+
+
+@pytest.mark.usefixtures("small_tied_heads_too")
+def test_a_matrix_that_a_third_module_shares_or_none_is_no_tied_heads(tiny_model: Get) -> None:
+    apart = load_stack(tiny_model("llama", False).checkpoint, 0, BLOCKS)._carved.model
+    assert not isinstance(apart.get_output_embeddings(), PackedLinear)
+    model = load_stack(tiny_model("llama", True).checkpoint, 0, BLOCKS, packs=False)._carved.model
+    model.model.other = nn.Linear(1, 1, bias=False)
+    model.model.other.weight = model.lm_head.weight
+    pack(model)
+    assert not isinstance(model.get_output_embeddings(), PackedLinear)
+
+
+def test_a_tied_head_without_much_to_win_stays_the_embeddings(tiny_model: Get) -> None:
+    model = load_stack(tiny_model("llama", True).checkpoint, 0, BLOCKS)._carved.model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

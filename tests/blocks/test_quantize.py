@@ -171,12 +171,10 @@ def test_scales_that_cross_rows_are_right_too() -> None:
 def test_a_kernel_that_reads_the_packed_layout_otherwise_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import bitsandbytes.functional as functional
+    def other(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return torch.ones(len(rows), len(codes), dtype=rows.dtype)
 
-    def other(rows: torch.Tensor, codes: torch.Tensor, state: Any) -> torch.Tensor:
-        return torch.ones(len(rows), state.shape[0], dtype=rows.dtype)
-
-    monkeypatch.setattr(functional, "gemv_4bit", other)
+    monkeypatch.setattr(formats, "packed_product", lambda library: other)
     assert not formats.is_nf4_fast.__wrapped__()
 
 

@@ -108,6 +108,17 @@ def test_a_damaged_copy_is_told_removed_and_made_anew(
     assert [one.read_bytes() for one in copies(tmp_path)] == [good]
 
 
+def test_pages_that_changed_places_are_damage(tmp_path: Path) -> None:
+    kept, page = SavedCopies(tmp_path), 4096
+    path = kept.write("a" * 32, {"codes": torch.arange(4 * page).view(torch.uint8)})
+    assert path is not None
+    assert kept.find("a" * 32) == path
+    raw = path.read_bytes()
+    path.write_bytes(raw[: -2 * page] + raw[-page:] + raw[-2 * page : -page])
+    assert kept.find("a" * 32) is None
+    assert not copies(tmp_path)
+
+
 def test_a_truncated_copy_is_made_anew(
     checkpoint: Get, tmp_path: Path, quantized: list[int]
 ) -> None:
