@@ -12,8 +12,9 @@ import torch
 from transformers.cache_utils import DynamicIndexedLayer
 
 from blocks.attention import Rows
-from blocks.cache import StackCache, kind_of
+from blocks.cache import StackCache
 from blocks.forward import Carved
+from blocks.growing import kind_of
 from blocks.joint import Row, run_rows
 from blocks.sides import Sides
 
@@ -77,7 +78,7 @@ def _is_seen(carved: Carved, one: Tried) -> bool:
     except Exception as refused:  # noqa: BLE001  # a family's own code may raise anything
         logger.info("block %s is not attended to by rows: %s", one.start, refused)
         return False
-    return joint.is_whole and all(_is_near(padded, way) for way in ways)
+    return joint.is_whole and all(is_near(padded, way, carved.dtype) for way in ways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ class _Trial:
         return values[:, places], {name: side[:, places] for name, side in sides.items()}
 
 
-def _is_near(padded: torch.Tensor, other: torch.Tensor) -> bool:
-    most = _MOST_APART if padded.dtype == torch.float32 else _MOST_APART_HALF
+def is_near(padded: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Do two ways to one result, computed in that dtype, differ by rounding only?"""
+    most = _MOST_APART if dtype == torch.float32 else _MOST_APART_HALF
     return bool((padded - other).abs().max() <= most * padded.abs().max())

@@ -4,9 +4,9 @@ transformers lets attention be exchanged by name. Within `Rows.attached` a famil
 ours: it runs the family's own for each session with that session's keys, so that a session gets to
 the bit what it gets alone.
 
-1. Only the family's own function attends, but for half precision on a CPU: there the query heads
-   that share a key head go as positions of one query. The sums are the same; the kernel for shared
-   heads takes many times longer.
+1. By rows only the family's own function attends, but for half precision on a CPU: there the query
+   heads that share a key head go as positions of one query. The sums are the same; the kernel for
+   shared heads takes many times longer.
 2. A mask that is more than causal, or a window, is refused before a layer has run. One position
    sees all of a causal past, and sliding layers give the window's keys only.
 3. Keys that a family changes between its cache and its attention are refused, never approximated.
@@ -36,16 +36,51 @@ Past = tuple[torch.Tensor, torch.Tensor]  # keys and values of one session [1, h
 
 
 @dataclass(slots=True)
-class Rows:
-    """The attention of one step of one position for each of some sessions.
+class Attached:
+    """An attention in the place of the family's own: of one position each of some sessions.
 
     `base` is the family's own implementation, by transformers' name, and `configs` are where its
-    layers, which are on a CPU, look for it. A joint step's caches keep here whose past is which; in
-    a step of one session layers have its past themselves.
+    layers look for it.
     """
 
     base: str
     configs: Sequence[Any]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within, layers with these configs attend so; one forward runs in it."""
+        token = _running.set(self)
+        try:
+            self._name(_NAME)
+            yield
+        finally:
+            _running.reset(token)
+            self._name(self.base)
+
+    def _name(self, implementation: str) -> None:
+        for config in self.configs:
+            config._attn_implementation = implementation
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        **named: Any,
+    ) -> torch.Tensor:
+        """What each row attends to [N, 1, heads, d], of queries [N, heads, 1, d]."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Rows(Attached):
+    """The attention of one step of one position for each of some sessions, each by its own past.
+
+    The layers are on a CPU. A joint step's caches keep here whose past is which; in a step of one
+    session layers have its past themselves.
+    """
+
     is_joint: bool
     pasts: dict[int, tuple[torch.Tensor, torch.Tensor, Sequence[Past]]] = field(
         default_factory=dict
@@ -64,21 +99,6 @@ class Rows:
     def is_faster(self, kind: torch.dtype) -> bool:
         """Is this attention faster than the family's own for one session, too?"""
         return self.base == "sdpa" and kind in _HALVES
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Within, layers with these configs attend so; one forward runs in it."""
-        token = _running.set(self)
-        try:
-            self._name(_NAME)
-            yield
-        finally:
-            _running.reset(token)
-            self._name(self.base)
-
-    def _name(self, implementation: str) -> None:
-        for config in self.configs:
-            config._attn_implementation = implementation
 
     def attend(
         self,
@@ -119,7 +139,7 @@ class Rows:
         )
 
 
-_running: ContextVar[Rows | None] = ContextVar("rows", default=None)
+_running: ContextVar[Attached | None] = ContextVar("attached", default=None)
 
 
 def configs_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -173,10 +193,10 @@ def _attend(
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
     """What layers call in the place of their family's attention."""
-    rows = _running.get()
-    if rows is None or attention_mask is not None or query.shape[2] != 1:
+    attached = _running.get()
+    if attached is None or attention_mask is not None or query.shape[2] != 1:
         raise BlocksError(f"{type(module).__name__} attends to more than a past")
-    return rows.attend(module, query, key, value, **named), None
+    return attached.attend(module, query, key, value, **named), None
 
 
 def _no_mask(

@@ -2,7 +2,7 @@
 
 1. Only layers of the stack store anything. The others are ghosts that know the session's length
    and nothing else, because families ask "the first layer" or "the first full layer" for it.
-2. Appending costs what is appended: buffers double and are written in place.
+2. Appending costs what is appended: buffers double and are written in place, or keys lie in pages.
 3. After `rollback(n)` the next step computes what it would have computed had the session never
    been longer than n. What cannot be rolled back so is refused, never approximated.
 4. A cache holds no reference to itself: dropping the last reference frees its memory at once.
@@ -12,8 +12,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -27,148 +26,17 @@ from transformers.cache_utils import (
 )
 
 from blocks.errors import BlocksError, StepError
-
-# Room for the first tokens of a session; below it doubling would only mean many small copies.
-_FIRST_ROOM_TOKENS = 64
-
-# How far a sliding layer remembers beyond its window, so that any draft can be rolled back.
-ROLLBACK_TOKENS = 64
-
-
-# transformers would take a subclass of some kinds for a better version of them.
-UNREGISTERED = {"_layer_type": None}
-
-
-@dataclass(slots=True)
-class _Session:
-    """What ghosts know. An object of its own, so that ghosts and cache form no cycle."""
-
-    length: int = 0
-
-
-@dataclass(slots=True)
-class _Buffer:
-    """Room for one tensor that grows along axis -2. Views of it stay valid as it grows.
-
-    `shared`: how many tokens, from the start of the room, forks look at.
-    """
-
-    room: torch.Tensor | None = None
-    shared: int = 0
-
-    def append(
-        self, held: torch.Tensor | None, new: torch.Tensor, keep: int | None = None
-    ) -> torch.Tensor:
-        """Return `held` followed by `new`, copying `held` only when it has outgrown its room.
-
-        `held` is what the last call returned, possibly cut at its end. A new room takes over the
-        last `keep` tokens of it (None: all).
-        """
-        count, room = 0 if held is None else held.shape[-2], self.room
-        if (
-            room is None
-            or held is None
-            or held.data_ptr() != room.data_ptr()  # a beam search put its own tensor in place
-            or count < self.shared  # rolled back below what a fork looks at
-            or count + new.shape[-2] > room.shape[-2]
-        ):
-            kept = count if keep is None else min(count, keep)
-            tokens = max(_FIRST_ROOM_TOKENS, 2 * (kept + new.shape[-2]))
-            room = self.room = new.new_empty((*new.shape[:-2], tokens, new.shape[-1]))
-            self.shared = 0
-            if held is not None:
-                room[..., :kept, :] = held[..., count - kept :, :]
-            count = kept
-        room[..., count : count + new.shape[-2], :] = new
-        return room[..., : count + new.shape[-2], :]
-
-
-class _Growing(DynamicLayer):  # type: ignore[misc]  # transformers is not followed
-    """A full-attention layer that grows in place. Crops are views, so the buffers survive them."""
-
-    keys: torch.Tensor | None
-    values: torch.Tensor | None
-    buffers: tuple[_Buffer, _Buffer]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append and return all keys and values."""
-        _initialise(self, key_states, value_states)
-        self.keys = self.buffers[0].append(self.keys, key_states)
-        self.values = self.buffers[1].append(self.values, value_states)
-        return self.keys, self.values
-
-
-class _GrowingSliding(DynamicSlidingWindowLayer):  # type: ignore[misc]  # as above
-    """A sliding layer that keeps `ROLLBACK_TOKENS` beyond its window and grows in place."""
-
-    keys: torch.Tensor | None
-    values: torch.Tensor | None
-    buffers: tuple[_Buffer, _Buffer]
-    sliding_window: int
-    cumulative_length: int
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append and return the keys and values that `get_mask_sizes` announced."""
-        _initialise(self, key_states, value_states)
-        visible = min(self.cumulative_length, self.sliding_window - 1) + key_states.shape[-2]
-        keep = self.sliding_window - 1 + ROLLBACK_TOKENS
-        self.keys = self.buffers[0].append(self.keys, key_states, keep)
-        self.values = self.buffers[1].append(self.values, value_states, keep)
-        self.cumulative_length += key_states.shape[-2]
-        hidden = self.keys.shape[-2] - visible
-        return self.keys[..., hidden:, :], self.values[..., hidden:, :]
-
-    def can_crop(self, tokens: int) -> bool:
-        """Is everything the window needs still held once the last `tokens` are gone?"""
-        return self.cumulative_length - tokens >= self.shortest
-
-    @property
-    def shortest(self) -> int:
-        """The least length, beside 0, for which everything its window needs is still held."""
-        held = 0 if self.keys is None else self.keys.shape[-2]
-        gone = self.cumulative_length - held
-        return gone + self.sliding_window - 1 if gone else 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens; as in transformers their count comes with a minus sign."""
-        if tokens_to_remove and self.keys is not None and self.values is not None:
-            self.keys = self.keys[..., :tokens_to_remove, :]
-            self.values = self.values[..., :tokens_to_remove, :]
-            self.cumulative_length += tokens_to_remove
-
-
-def _initialise(layer: Any, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    """Let the layer note dtype and device; our own buffers take the place of its empty tensors."""
-    if not layer.is_initialized:
-        layer.lazy_initialization(key_states, value_states)
-        layer.keys = layer.values = None
-        layer.buffers = (_Buffer(), _Buffer())
-
-
-@functools.cache
-def _growing_kind(kind: type) -> type:
-    """The kind of layer that stores what `kind` stores, but grows in place; `kind` if unknown."""
-    for ours, theirs in ((_Growing, DynamicLayer), (_GrowingSliding, DynamicSlidingWindowLayer)):
-        if kind is theirs:
-            return ours
-        # kinds that add to attention (an indexer, a convolution) keep all but the appending
-        if issubclass(kind, theirs) and getattr(kind, "update", None) is theirs.update:
-            names = {"update": ours.update, "grows": kind, **UNREGISTERED}
-            return type(f"Growing{kind.__name__}", (kind,), names)
-    return kind
-
-
-def kind_of(layer: Any) -> type:
-    """transformers' own kind of a layer that a stack holds."""
-    if isinstance(layer, _Growing):
-        return cast(type, DynamicLayer)
-    if isinstance(layer, _GrowingSliding):
-        return cast(type, DynamicSlidingWindowLayer)
-    return cast(type, getattr(type(layer), "grows", type(layer)))
+from blocks.growing import (
+    UNREGISTERED,
+    Buffer,
+    Growing,
+    GrowingSliding,
+    Known,
+    growing_kind,
+    kind_of,
+)
+from blocks.paged import page, share
+from blocks.pool import Ledger, Pools
 
 
 def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -210,20 +78,27 @@ def _ghost_kind(kind: type) -> type:
 class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
     """The cache of one session in the blocks `start:stop`, passed to models as `past_key_values`.
 
-    `lent` are blocks before `start` whose keys these blocks share: they are stored here, too.
+    `lent` are blocks before `start` whose keys these blocks share: they are stored here, too. With
+    `pools` the keys of a session of one row lie in these (`blocks.paged.may_be_paged`).
     `length` counts the positions computed. A stack brackets a step's layers by `begin` and
     `advance`; between them the cache is torn: layers that ran are ahead of those that did not.
     """
 
     def __init__(
-        self, config: PretrainedConfig, start: int, stop: int, lent: Sequence[int] = ()
+        self,
+        config: PretrainedConfig,
+        start: int,
+        stop: int,
+        lent: Sequence[int] = (),
+        pools: Pools | None = None,
     ) -> None:
         self.start, self.stop = start, stop
         self.numbers = (*lent, *range(start, stop))  # of the layers that store something
         self.rows: int | None = None  # sequences side by side, set by the first step
         self.is_torn = False
         self._config: Any = config
-        self._session = _Session()
+        self._pools = pools
+        self._session = Known()
         self._build()
 
     def _build(self) -> None:
@@ -235,21 +110,53 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
         for number, layer in enumerate(self.layers):
             kind: type = type(layer)
             if number in self.numbers:
-                layer.__class__ = _growing_kind(kind)
+                layer.__class__ = growing_kind(kind)
             elif not isinstance(layer, DummyLayer):
                 layer.__class__ = _ghost_kind(kind)
                 layer.session = self._session
         self._hold()
+        self.ledger: Ledger | None = None
+        if self._pools is not None:
+            self.ledger = page(self.held, self.numbers, self._session, self._pools)
 
     def _hold(self) -> None:
         self.held = [self.layers[number] for number in self.numbers]
-        self._sliding = [layer for layer in self.held if isinstance(layer, _GrowingSliding)]
+        self._sliding = [layer for layer in self.held if isinstance(layer, GrowingSliding)]
         self._is_forkable = all(kind_of(layer) in _FORKABLE for layer in self.held)
+
+    @property
+    def is_paged(self) -> bool:
+        """Do all its keys lie in pages?"""
+        return self.ledger is not None and len(self.ledger) == len(self.numbers)
 
     @property
     def length(self) -> int:
         """Positions computed and held."""
         return self._session.length
+
+    def make_ready(self, tokens: int = 1) -> None:
+        """Have pages for that many more positions, where keys lie in pages.
+
+        What was parked comes back. BlocksError, having changed nothing, if there are none.
+        """
+        if self.ledger is not None and not self.is_torn:
+            self._unpark()
+            self.ledger.make_ready(self.length, tokens)
+
+    def park(self) -> bool:
+        """Take its keys into this process's memory until the next step. False if they stay.
+
+        Only those in pages of a device can go, and only between steps.
+        """
+        if self.ledger is None or not self.is_paged or self.is_torn:
+            return False
+        if not self.ledger.is_parked:
+            self.ledger.park()
+        return True
+
+    def _unpark(self) -> None:
+        if self.ledger is not None and self.ledger.is_parked:
+            self.ledger.unpark()
 
     def begin(self, rows: int) -> None:
         """Open a step of `rows` sequences. BlocksError if an earlier step never came to its end."""
@@ -284,6 +191,7 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
             self._session.length, self.rows, self.is_torn = 0, None, False
             self._build()
         elif length < self.length:
+            self._unpark()
             for layer in self.held:
                 layer.crop(length - self.length)
             self._session.length = length
@@ -307,8 +215,13 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
         if shortest is None or length < shortest:
             raise BlocksError(f"these layers cannot be forked at {length} of {self.length}")
         lent = [number for number in self.numbers if not self.start <= number < self.stop]
-        fork = StackCache(self._config, self.start, self.stop, lent)
+        fork = StackCache(self._config, self.start, self.stop, lent, self._pools)
         fork.rows, fork._session.length = self.rows, length
+        if self.ledger is not None and self.is_paged:
+            self._unpark()
+            fork.ledger = self.ledger.fork(length)
+            share(self.held, fork.held, fork.ledger)
+            return fork
         for number, layer in zip(self.numbers, self.held, strict=True):
             fork.layers[number] = _forked(layer, self.length - length)
         fork._hold()
@@ -317,30 +230,45 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
     @property
     def byte_count(self) -> int:
         """Bytes of memory taken, spare room included; storages shared by tensors count once."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in self._tensors()
-        }
-        return sum(storages.values())
+        taken = self.ledger.byte_count if self.ledger else 0
+        storages: dict[int, int] = {}
+        for layer in self.held:
+            if type(layer) in _PLAIN:  # keys and values, each in a room of its own
+                taken += _room_bytes(layer.keys) + _room_bytes(layer.values)
+                continue
+            for tensor in _tensors_of(layer):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return taken + sum(storages.values())
 
     @property
     def used_byte_count(self) -> int:
         """Bytes that hold something of the session."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        paged = self.ledger.used_byte_count(self.length) if self.ledger else 0
+        tensors = (tensor for layer in self.held for tensor in _tensors_of(layer))
+        return paged + int(sum(tensor.nbytes for tensor in tensors))
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        for layer in self.held:
-            for value in vars(layer).values():
-                for tensor in value.values() if isinstance(value, dict) else (value,):
-                    if torch.is_tensor(tensor) and tensor.dim() > 0:  # scalars are settings
-                        yield tensor
+
+_PLAIN = (Growing, GrowingSliding)
+
+
+def _room_bytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else int(tensor.untyped_storage().nbytes())
+
+
+def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """What a layer stores."""
+    for value in vars(layer).values():
+        for tensor in value.values() if isinstance(value, dict) else (value,):
+            if torch.is_tensor(tensor) and tensor.dim() > 0:  # scalars are settings
+                yield tensor
 
 
 def _can_crop(layer: Any, tokens: int) -> bool:
     if isinstance(layer, LinearAttentionCacheLayerMixin):
         return False  # their crop does not undo the recurrent states
     if isinstance(layer, DynamicSlidingWindowLayer):
-        return isinstance(layer, _GrowingSliding) and layer.can_crop(tokens)
+        return isinstance(layer, GrowingSliding) and layer.can_crop(tokens)
     return bool(layer.is_croppable)
 
 
@@ -355,6 +283,6 @@ def _forked(layer: Any, removed: int) -> Any:
     if not isinstance(layer, DummyLayer) and layer.is_initialized:
         for buffer, held in zip(layer.buffers, (layer.keys, layer.values), strict=True):
             buffer.shared = max(buffer.shared, held.shape[-2] - removed)
-        fork.buffers = (_Buffer(), _Buffer())
+        fork.buffers = (Buffer(), Buffer())
     fork.crop(-removed)
     return fork

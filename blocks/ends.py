@@ -1,6 +1,7 @@
 """What a client without torch gets instead of a whole row of logits.
 
-1. `candidates` is a pure function, equal on every server that has the same logits.
+1. `candidates` is a pure function, equal on every server that has the same logits; `chosen` is it
+   for a device that is not to be waited for.
 2. The first candidate of a row is the lowest id among its largest permitted logits, so greedy
    choice from candidates is greedy choice from logits.
 3. Candidates, penalised ids and `left` together account for the whole row, each id once.
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from blocks.errors import BlocksError, StepError
+from blocks.transfer import sent
+
+NO_NUMBERS = "the logits are not numbers: these weights do not work in this dtype"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,27 @@ def candidates(logits: torch.Tensor, wish: CandidateWish) -> dict[str, torch.Ten
     Raises StepError for ids beyond the vocabulary or an empty choice, BlocksError for NaN.
     """
     check_wish(wish, logits.shape[-1])
-    biased = [token for token, _ in wish.bias]
     if bool(logits.isnan().any()):
-        raise BlocksError("the logits are not numbers: these weights do not work in this dtype")
+        raise BlocksError(NO_NUMBERS)
+    return _chosen(logits, wish)
+
+
+def chosen(
+    logits: torch.Tensor, wish: CandidateWish
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The same for a wish that was checked, and which positions have numbers for logits [S].
+
+    Nothing here waits for the device. What the other positions get means nothing.
+    """
+    # NaN is no more than anything: as many would not be found as are asked for
+    numbers = logits.nan_to_num(-math.inf, math.inf, -math.inf)
+    return _chosen(numbers, wish), ~logits.isnan().any(-1)
+
+
+def _chosen(logits: torch.Tensor, wish: CandidateWish) -> dict[str, torch.Tensor]:
+    biased = [token for token, _ in wish.bias]
     if wish.bias:
-        amounts = logits.new_tensor([amount for _, amount in wish.bias])
+        amounts = sent(torch.tensor([amount for _, amount in wish.bias]), logits.device)
         logits = logits.index_add(1, _ids(biased, logits), amounts.expand(len(logits), -1))
     if wish.allowed is not None:
         kept = torch.full_like(logits, -math.inf)
@@ -71,12 +91,12 @@ def _permitted(wish: CandidateWish, logits: torch.Tensor) -> torch.Tensor | None
     """The ids that can be candidates, ascending; None for all."""
     if wish.allowed is None and not wish.penalised:
         return None
-    permitted = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    permitted = torch.ones(logits.shape[-1], dtype=torch.bool)
     if wish.allowed is not None:
         permitted.zero_()
-        permitted[_ids(wish.allowed, logits)] = True
-    permitted[_ids(wish.penalised, logits)] = False
-    return permitted.nonzero()[:, 0]
+        permitted[list(wish.allowed)] = True
+    permitted[list(wish.penalised)] = False
+    return sent(permitted.nonzero()[:, 0], logits.device)
 
 
 def _largest(
@@ -92,7 +112,7 @@ def _largest(
         left = logits.new_full((rows,), -math.inf)
     else:
         is_picked = _is_among_largest(logits, count)
-        picked = is_picked.nonzero()[:, 1].view(rows, count)
+        picked = _places(is_picked, count)
         left = logits.masked_fill(is_picked, -math.inf).logsumexp(-1)
     # picked ids ascend, so a stable sort leaves equal logits in their order
     values, order = logits.gather(1, picked).sort(dim=1, descending=True, stable=True)
@@ -108,5 +128,23 @@ def _is_among_largest(logits: torch.Tensor, count: int) -> torch.Tensor:
     return above | (equal & (equal.cumsum(1) <= missing))
 
 
+def _places(marked: torch.Tensor, count: int) -> torch.Tensor:
+    """Where `count` of each row are marked [rows, count], ascending."""
+    if marked.device.type == "cpu":
+        return marked.nonzero()[:, 1].view(len(marked), count)
+    return _places_unseen(marked, count)
+
+
+def _places_unseen(marked: torch.Tensor, count: int) -> torch.Tensor:
+    """The same without counting them, for which a device would have to be waited for.
+
+    Where not as many are marked, because something was no number, the rest are 0.
+    """
+    rows, width = marked.shape
+    goal = torch.where(marked, marked.cumsum(1) - 1, count)
+    ids = torch.arange(width, device=marked.device).expand(rows, -1)
+    return ids.new_zeros(rows, count + 1).scatter_(1, goal, ids)[:, :count]
+
+
 def _ids(ids: tuple[int, ...] | list[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.long, device=like.device)
+    return sent(torch.tensor(ids, dtype=torch.long), like.device)

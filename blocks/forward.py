@@ -9,7 +9,7 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -82,10 +82,20 @@ class Carved:
         self._attention = base_of(self._configs)
         self.tried: dict[tuple[object, ...], bool] = {}  # kind of block -> attends by rows
 
+    @property
+    def attends(self) -> tuple[str, Sequence[Any]]:
+        """What may stand in for another attention: the family's own, and the configs that name it.
+
+        BlocksError where its attention cannot be exchanged.
+        """
+        if self._attention is None:
+            raise BlocksError("the attention of this family cannot be exchanged")
+        return self._attention, self._configs
+
     def attention(self, *, is_joint: bool) -> Rows | None:
         """Attention by rows for one step, None where the family cannot attend so.
 
-        On a GPU a kernel for each row costs more than padding.
+        On a GPU a kernel for each row costs more than padding: keys lie in pages (`blocks.pool`).
         """
         if self._attention is None or self.device.type != "cpu":
             return None

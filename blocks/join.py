@@ -28,7 +28,9 @@ from transformers.cache_utils import (
 )
 
 from blocks.attention import Rows
-from blocks.cache import UNREGISTERED, StackCache, kind_of
+from blocks.cache import StackCache
+from blocks.growing import UNREGISTERED, kind_of
+from blocks.transfer import sent
 
 _KNOWN = frozenset(
     {
@@ -68,9 +70,11 @@ class JoinedCache(DynamicCache):  # type: ignore[misc]  # transformers is not fo
         device: torch.device,
         rows: Rows | None = None,
     ) -> None:
-        lengths = torch.tensor([cache.length for cache in caches], device=device)
-        longest = int(lengths.argmax())
-        ghosts.advance(caches[longest].length - ghosts.length)
+        counts = [cache.length for cache in caches]
+        most = max(counts)
+        longest = counts.index(most)
+        lengths = sent(torch.tensor(counts), device)
+        ghosts.advance(most - ghosts.length)
         layers = [
             _joined([cache.layers[number] for cache in caches], longest, rows)
             if number in ghosts.numbers
@@ -79,8 +83,7 @@ class JoinedCache(DynamicCache):  # type: ignore[misc]  # transformers is not fo
         ]
         Cache.__init__(self, layers=layers)
         self.position_ids = lengths[:, None]
-        most = int(lengths[longest])
-        is_padded = bool((lengths < most).any())
+        is_padded = min(counts) < most
         attends = any(isinstance(layer, DynamicLayer) for layer in self.layers)
         # purely recurrent families take the first columns of a mask for those of the new tokens
         self.mask: torch.Tensor | None = None

@@ -2,9 +2,10 @@
 
 1. Sessions that cross a block run it together, wherever they come from and go to, unless what they
    bring has another form (ids beside hidden states).
-2. Attention takes each session's keys where they lie, in blocks where that was seen to give what
-   the family's padded batch gives (`blocks.apart`); elsewhere keys are padded.
-3. Where layers share keys with later blocks, only sessions of equal spans run together: what one
+2. Keys that lie in pages are read by tables, all rows together (`blocks.decoding`).
+3. Of other sessions attention takes each one's keys where they lie, in blocks where that was seen
+   to give what the family's padded batch gives (`blocks.apart`); elsewhere keys are padded.
+4. Where layers share keys with later blocks, only sessions of equal spans run together: what one
    has computed itself another would be lent.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from blocks.attention import Rows
 from blocks.cache import StackCache
+from blocks.decoding import Decoder
 from blocks.forward import Carved
 from blocks.join import JoinedCache
 from blocks.sides import Sides
@@ -56,9 +58,9 @@ def segments(spans: Sequence[tuple[int, int]], *, is_mixed: bool = True) -> list
 class Row:
     """One session's position on its way through the blocks.
 
-    `values` [1, 1, ...] and `sides` are what its next block needs, where the weights are; when its
-    last block has run, what it leaves with. Then, if it `wants_logits`, `values` are float32 logits
-    [1, 1, vocabulary].
+    `values` [1, 1, ...] and `sides` are what its next block needs, where the weights are unless the
+    cache is paged; when its last block has run, what it leaves with. Then, if it `wants_logits`,
+    `values` are float32 logits [1, 1, vocabulary].
     """
 
     cache: StackCache
@@ -72,31 +74,54 @@ def run_rows(
     rows: Sequence[Row],
     empty_cache: Callable[[int, int], StackCache],
     by_rows: Callable[[range], Rows | None] = lambda blocks: None,
+    decoder: Decoder | None = None,
 ) -> None:
     """Run each row through the blocks of its cache, and change it and its cache.
 
     `empty_cache(start, stop)` is one of these blocks, of any length, that nobody else uses at the
     same time; `by_rows` gives the attention by rows for a pass of some blocks, None where keys
-    must be padded. The caches are torn until all rows are through, whatever happens.
+    must be padded; `decoder` runs the rows whose caches are paged. BlocksError, having changed
+    nothing, if one of these can have no page. The caches are torn until all rows are through,
+    whatever happens.
     """
+    for row in rows:
+        row.cache.make_ready()
     for row in rows:
         row.cache.begin(1)
     spans = [(row.cache.start, row.cache.stop) for row in rows]
     for segment in segments(spans, is_mixed=not carved.sides.shared):
         ghosts = empty_cache(segment.blocks.start, segment.blocks.stop)
         for group in _alike([rows[number] for number in segment.rows]):
-            _run_group(carved, segment.blocks, group, ghosts, by_rows(segment.blocks))
+            if decoder is not None and group[0].cache.is_paged:
+                _run_paged(decoder, segment.blocks, group, ghosts)
+            else:
+                _run_group(carved, segment.blocks, group, ghosts, by_rows(segment.blocks))
     for row in rows:
         row.cache.advance(1)
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows by the form of what they bring, which must be equal in a pass."""
-    groups: dict[tuple[bool, tuple[int, ...]], list[Row]] = {}
+    """The rows by the form of what they bring and have, which must be equal in a pass."""
+    groups: dict[tuple[bool, bool, tuple[int, ...]], list[Row]] = {}
     for row in rows:
-        form = row.values.is_floating_point(), tuple(row.values.shape[2:])
+        values, is_paged = row.values, row.cache.is_paged
+        form = values.is_floating_point(), is_paged, tuple(values.shape[2:])
         groups.setdefault(form, []).append(row)
     yield from groups.values()
+
+
+def _run_paged(decoder: Decoder, blocks: range, rows: Sequence[Row], ghosts: StackCache) -> None:
+    ends = blocks.stop == len(decoder.carved.parts.layers)
+    hidden, *logits = decoder.run(
+        blocks,
+        [row.values for row in rows],
+        [row.cache for row in rows],
+        ghosts,
+        has_logits=ends and any(row.wants_logits for row in rows),
+    )
+    for number, row in enumerate(rows):
+        is_asked = row.wants_logits and row.cache.stop == blocks.stop
+        row.values = (logits[0] if is_asked else hidden)[number : number + 1]
 
 
 def _run_group(

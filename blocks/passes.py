@@ -2,6 +2,8 @@
 
 1. Before anything is computed all is checked that can be: a StepError has changed nothing, but for
    a rollback that the step asked for.
+2. When a pass returns it is done: on a device what it came to is brought back in one piece, the one
+   time that it is waited for.
 """
 
 import logging
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from blocks.codec import RawTensor
-from blocks.ends import CandidateWish, candidates, check_wish
+from blocks.ends import NO_NUMBERS, CandidateWish, candidates, check_wish, chosen
 from blocks.errors import BlocksError, StepError
 from blocks.jobs import Pass, StepJob
 from blocks.legs import Legs
@@ -19,8 +21,11 @@ from blocks.payloads import as_one
 from blocks.sides import Sides
 from blocks.stack import Stack
 from blocks.steps import Chunk, Output
+from blocks.transfer import brought, wait_for
 
 logger = logging.getLogger(__name__)
+
+_HAS_NUMBERS = "has_numbers"  # beside candidates until they have landed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +61,16 @@ def run_alone(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
         cache.rollback(start)
     wanted = _logits_wanted(chunks, stack)
     values = stack.run(inputs, cache=cache, start=start, mask=mask, logits_for=wanted, sides=sides)
-    outcomes = []
+    given = []
     for chunk in chunks:
         place = slice(chunk.shape.start - start, chunk.shape.start - start + chunk.shape.positions)
         if len(chunks) > 1:
             beside = {name: side[:, place] for name, side in sides.items()}
-            outcomes.append(_outcome(chunk, _given(chunk, stack, values[:, place], beside)))
+            given.append(_given(chunk, stack, values[:, place], beside))
         else:
-            outcomes.append(_outcome(chunk, _given(chunk, stack, values, sides)))
-    return outcomes
+            given.append(_given(chunk, stack, values, sides))
+    landed = _landed(given, stack.device)
+    return [_outcome(chunk, output) for chunk, output in zip(chunks, landed, strict=True)]
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not followed
@@ -88,15 +94,22 @@ def run_jointly(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
         sides=sides,
     )
     stacks = [leg.stack for leg in theirs]
-    chosen = _choose_together(chunks, stacks, values)
-    outcomes = []
+    together = _choose_together(chunks, stacks, values)
+    given: list[Output] = []
+    failures: dict[int, Outcome] = {}
     for number, (chunk, stack) in enumerate(zip(chunks, stacks, strict=True)):
         try:
-            given = chosen.get(number) or _given(chunk, stack, values[number], sides[number])
-            outcomes.append(_outcome(chunk, given))
-        except Exception as failed:  # such as what is no number: it is in this row alone
-            logger.exception("step %s of %s failed", chunk.step.job.serial, chunk.key)
-            outcomes.append(Outcome(error=told(failed)))
+            output = together.get(number) or _given(chunk, stack, values[number], sides[number])
+        except Exception as failed:  # noqa: BLE001  # it is in this row alone
+            failures[number], output = _failure(chunk, failed), {}
+        given.append(output)
+    outcomes = []
+    landed = _landed(given, legs.stack.device)
+    for number, (chunk, output) in enumerate(zip(chunks, landed, strict=True)):
+        try:
+            outcomes.append(failures.get(number) or _outcome(chunk, output))
+        except Exception as failed:  # noqa: BLE001  # as above, such as what is no number
+            outcomes.append(_failure(chunk, failed))
     return outcomes
 
 
@@ -157,21 +170,48 @@ def _choose_together(
         wish = chunk.step.job.candidates
         if wish is not None and _asks(chunk.step.job, stack):
             asking.setdefault(wish, []).append(number)
-    chosen: dict[int, Output] = {}
+    together: dict[int, Output] = {}
     for wish, numbers in asking.items():
         if len(numbers) < 2:
             continue
         try:
-            found = candidates(torch.cat([values[number][0] for number in numbers]), wish)
+            found = _picked(torch.cat([values[number][0] for number in numbers]), wish)
         except BlocksError:  # it is not said of whom
             continue
         for row, number in enumerate(numbers):
-            chosen[number] = {name: part[row : row + 1] for name, part in found.items()}
-    return chosen
+            together[number] = {name: part[row : row + 1] for name, part in found.items()}
+    return together
+
+
+def _picked(logits: torch.Tensor, wish: CandidateWish) -> Output:
+    """The candidates of some positions; BlocksError here, or when they land, if there are none."""
+    if logits.device.type == "cpu":
+        return candidates(logits, wish)
+    found, has_numbers = chosen(logits, wish)
+    return {**found, _HAS_NUMBERS: has_numbers}
+
+
+def _landed(given: Sequence[Output], device: torch.device) -> list[Output]:
+    """What chunks came to, in this process's memory. All that was asked of the device is done."""
+    if device.type == "cpu":
+        return list(given)
+    tensors = [tensor for output in given for tensor in output.values()]
+    if not tensors:
+        wait_for(device)
+    ours = iter(brought(tensors))
+    return [{name: next(ours) for name in output} for output in given]
+
+
+def _failure(chunk: Chunk, failed: Exception) -> Outcome:
+    logger.error("step %s of %s failed", chunk.step.job.serial, chunk.key, exc_info=failed)
+    return Outcome(error=told(failed))
 
 
 def _outcome(chunk: Chunk, given: Output) -> Outcome:
     """Put what a chunk came to into its step; what the step came to, with its last one."""
+    has_numbers = given.pop(_HAS_NUMBERS, None)
+    if has_numbers is not None and not bool(has_numbers.all()):
+        raise BlocksError(NO_NUMBERS)
     chunk.step.put(given)
     return Outcome(chunk.step.output() if chunk.is_last else {})
 
@@ -188,5 +228,5 @@ def _given(chunk: Chunk, stack: Stack, values: torch.Tensor, sides: Sides) -> Ou
             return {}
         values = values[:, -1:]
     if _asks(job, stack) and job.candidates is not None:
-        return candidates(values[0], job.candidates)
+        return _picked(values[0], job.candidates)
     return {"hidden": values, **sides}

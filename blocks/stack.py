@@ -16,11 +16,15 @@ from transformers import PreTrainedModel
 from blocks.apart import attends_apart
 from blocks.attention import Rows
 from blocks.cache import StackCache
+from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
 from blocks.join import why_not_joined
 from blocks.joint import Row, run_rows
+from blocks.masks import checked_mask, positions
 from blocks.sides import Sides, check_sides, sample_sides
+from blocks.transfer import sent
+from blocks.trial import Paging, decoder_of
 
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -32,8 +36,10 @@ class Stack:
     block. `blocks` is how many the whole model has.
     """
 
-    def __init__(self, carved: Carved, start: int, stop: int) -> None:
-        self._carved = carved
+    def __init__(
+        self, carved: Carved, start: int, stop: int, decoder: Decoder | None = None
+    ) -> None:
+        self._carved, self._decoder = carved, decoder
         self.start, self.stop = start, stop
         self._span = range(start, stop)
         self._may_join: bool | None = None
@@ -49,22 +55,41 @@ class Stack:
         self.context_length = carved.context_length
 
     @classmethod
-    def of(cls, model: PreTrainedModel, start: int, stop: int) -> "Stack":
-        """The stack of a loaded model that was carved to `start:stop` (or not at all)."""
-        return cls(Carved(model), start, stop)
+    def of(
+        cls, model: PreTrainedModel, start: int, stop: int, paging: Paging | None = None
+    ) -> "Stack":
+        """The stack of a loaded model that was carved to `start:stop` (or not at all).
+
+        Keys lie in pages, and steps are recorded, as `paging` says; None: as suits the device.
+        """
+        carved = Carved(model)
+        wish = paging or Paging.on(carved.device)
+        decoder = None if wish is None else decoder_of(carved, cls(carved, start, stop), wish)
+        return cls(carved, start, stop, decoder)
 
     def part(self, start: int, stop: int) -> "Stack":
         """A stack of some of these blocks that shares their weights. StepError if not held."""
         if not self.start <= start < stop <= self.stop:
             raise StepError(f"blocks {start}:{stop} are not within {self.start}:{self.stop}")
         if (start, stop) not in self._parts:
-            self._parts[start, stop] = Stack(self._carved, start, stop)
+            self._parts[start, stop] = Stack(self._carved, start, stop, self._decoder)
         return self._parts[start, stop]
 
     def new_cache(self) -> StackCache:
         """An empty cache for one session in these blocks."""
         lent = self._carved.sides.lent(self.start, self.stop)
-        return StackCache(self._carved.model.config, self.start, self.stop, lent)
+        pools = None if self._decoder is None else self._decoder.pools
+        return StackCache(self._carved.model.config, self.start, self.stop, lent, pools)
+
+    def reserve(self, byte_count: int) -> None:
+        """Take so much memory for the keys of sessions now, where they lie in pages.
+
+        BlocksError if there is not as much.
+        """
+        cache = self.new_cache()
+        self.run(self.sample(1)[0], cache=cache)
+        if self._decoder is not None and cache.ledger is not None:
+            self._decoder.pools.reserve(byte_count, cache.ledger)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -103,17 +128,18 @@ class Stack:
         """
         self._check(inputs, cache, start, logits_for)
         rows, tokens = inputs.shape[:2]
-        mask = self._checked_mask(mask, rows, start + tokens)
+        mask = checked_mask(mask, rows, start + tokens, self.device)
         beside = self._checked_sides(inputs, sides, start)
         wanted = tokens if logits_for == 0 else logits_for
+        if tokens == 1 and mask is None and cache is not None and self._reads_pages(cache):
+            return self._paged_step(inputs, cache, wanted is not None)
         if cache is not None:
+            cache.make_ready(tokens)
             cache.begin(rows)
         alone = self._apart_alone(cache, tokens, mask)
         with torch.inference_mode(), alone.attached() if alone else nullcontext():
-            shared = {
-                "position_ids": self._positions(mask, start, tokens, rows),
-                "attention_mask": mask,
-            }
+            at = positions(mask, start, tokens, rows, self.device)
+            shared = {"position_ids": at, "attention_mask": mask}
             output = self._carved.forward(
                 self._span,
                 self._placed(inputs),
@@ -166,9 +192,10 @@ class Stack:
             )
         ]
         for part in parts:
-            part._check_joins()
+            if not part._joins:
+                raise BlocksError(part.why_not_joined)
         with torch.inference_mode():
-            run_rows(self._carved, rows, self._ghosts, self._by_rows)
+            run_rows(self._carved, rows, self._ghosts, self._by_rows, self._decoder)
         for row, side in zip(rows, beside, strict=True):
             side.clear()
             side.update(row.sides)
@@ -182,12 +209,21 @@ class Stack:
         if cache.is_torn:
             raise BlocksError("an earlier step failed half way, so this cache can only start anew")
         checked = self._checked_sides(one, sides, cache.length)
-        return Row(cache, self._placed(one), checked, wants_logits)
+        values = one if self._reads_pages(cache) else self._placed(one)  # a board places all
+        return Row(cache, values, checked, wants_logits)
 
-    def _check_joins(self) -> None:
-        """BlocksError if sessions of these blocks cannot share a batch. A step has run in them."""
-        if not self._joins:
-            raise BlocksError(self.why_not_joined)
+    def _paged_step(
+        self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool
+    ) -> torch.Tensor:
+        """The next position of a session alone, by tables."""
+        row = Row(cache, inputs, {}, wants_logits)
+        with torch.inference_mode():
+            run_rows(self._carved, [row], self._ghosts, decoder=self._decoder)
+        return row.values
+
+    def _reads_pages(self, cache: StackCache) -> bool:
+        """Is the next position of this session run by tables?"""
+        return self._decoder is not None and cache.is_paged and not cache.is_torn
 
     @property
     def _joins(self) -> bool:
@@ -198,7 +234,7 @@ class Stack:
 
     def _by_rows(self, blocks: range) -> Rows | None:
         """Attention by rows for a joint step of these blocks, None where they cannot have it."""
-        apart = self.part(blocks.start, blocks.stop).joins_by_rows
+        apart = self.part(blocks.start, blocks.stop)._attends_apart
         return self._carved.attention(is_joint=True) if apart else None
 
     def _apart_alone(
@@ -210,7 +246,7 @@ class Stack:
         alone = self._carved.attention(is_joint=False)
         if alone is None or not alone.is_faster(self.dtype) or not self._joins:
             return None
-        return alone if self.joins_by_rows else None
+        return alone if self._attends_apart else None
 
     def _ghosts(self, start: int, stop: int) -> StackCache:
         """A cache of these blocks that no session has, kept: making one takes milliseconds."""
@@ -226,10 +262,15 @@ class Stack:
 
     @property
     def joins_by_rows(self) -> bool:
-        """Do joint steps of these blocks pad nothing? Tried once for each kind of block.
+        """Do joint steps of these blocks pad nothing, as keys lie in pages or are read by rows?
 
         Asked when a step has run in them, and where `why_not_joined` forbids nothing.
         """
+        return self._decoder is not None or self._attends_apart
+
+    @property
+    def _attends_apart(self) -> bool:
+        """Are keys of buffers read by rows? Tried once for each kind of block."""
         if self._is_apart is None:
             parts = [self.part(block, block + 1) for block in self._span]
             self._is_apart = all(attends_apart(self._carved, part) for part in parts)
@@ -275,16 +316,14 @@ class Stack:
                 f"not {tuple(grad.shape)}, and is floating, not {grad.dtype}"
             )
         rows, tokens = inputs.shape[:2]
-        mask = self._checked_mask(mask, rows, tokens)
+        mask = checked_mask(mask, rows, tokens, self.device)
         beside = self._checked_sides(inputs, sides, 0)
         with torch.inference_mode(False), torch.enable_grad(), self._carved.recomputing(self._span):
             self._carved.thaw()
             # copies: what came out of an inference would not be tracked
             asked = self._placed(inputs).clone().requires_grad_()
-            shared = {
-                "position_ids": self._positions(mask, 0, tokens, rows),
-                "attention_mask": None if mask is None else mask.clone(),
-            }
+            at = positions(mask, 0, tokens, rows, self.device)
+            shared = {"position_ids": at, "attention_mask": None if mask is None else mask.clone()}
             beside = {name: self._discrete(name, side).clone() for name, side in beside.items()}
             output = self._carved.forward(self._span, asked, shared, sides=beside).hidden
             for name, side in beside.items():
@@ -303,7 +342,7 @@ class Stack:
         """The tensor where the weights are, a floating one in their dtype, ids as indices."""
         is_ids = tensor.dtype == torch.int32
         dtype = self.dtype if tensor.is_floating_point() else torch.long if is_ids else None
-        return tensor.to(self.device, dtype)
+        return sent(tensor, self.device, dtype)
 
     def _check(
         self, inputs: torch.Tensor, cache: StackCache | None, start: int, logits_for: int | None
@@ -359,25 +398,3 @@ class Stack:
         # out of range a GPU would abort the process, not raise
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
             raise StepError(f"ids must be below the vocabulary's {self.vocabulary_size}")
-
-    def _checked_mask(
-        self, mask: torch.Tensor | None, rows: int, length: int
-    ) -> torch.Tensor | None:
-        """The mask as the models take it; None when it hides nothing, which is faster."""
-        if mask is None:
-            return None
-        if tuple(mask.shape) != (rows, length) or mask.is_floating_point():
-            raise StepError(
-                f"a mask is whole numbers of shape {(rows, length)}, not {tuple(mask.shape)}"
-            )
-        mask = (mask != 0).to(self.device, torch.long)
-        return None if bool(mask.all()) else mask
-
-    def _positions(
-        self, mask: torch.Tensor | None, start: int, tokens: int, rows: int
-    ) -> torch.Tensor:
-        """Positions [B, S]; padding does not count, as in transformers' `generate`."""
-        if mask is None:
-            span = torch.arange(start, start + tokens, device=self.device)
-            return span.expand(rows, tokens)
-        return (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]

@@ -2,12 +2,13 @@
 """Measure decode steps of a stack alone: packed matrices, and joint steps by rows.
 
     python scripts/step_bench.py [--json] [--rounds 9] [--dtype bfloat16] [--layers 10] [--width 4]
-                                 [--ffn 0] [--sessions 1 4 16 32] [--least 40] [--most 400]
+                                 [--ffn 0] [--vocabulary 2048] [--sessions 1 4 16 32]
+                                 [--least 40] [--most 400]
 
 The model is the demo's, grown to `layers` blocks of `width` times its hidden size (with `--ffn`, a
-random llama with so wide a feed-forward instead). One process, one thread; every round takes each
-way once, in turn; times are the thread's CPU time, so that neighbours matter little. Figures are
-medians of ratios within a round.
+random llama with so wide a feed-forward and so many tokens instead). One process, one thread; every
+round takes each way once, in turn; times are the thread's CPU time, so that neighbours matter
+little. Figures are medians of ratios within a round.
 
 decode        one session: plain matrices and the family's attention / what is served
 prefill       128 positions: plain / packed
@@ -15,6 +16,7 @@ joint N       ms of one step of N sessions whose pasts are `least` to `most` pos
 gain N        N x the step of one session / the joint step: how many times more tokens
 padded N      the joint step with keys padded together / by rows (packed both)
 plain N       the joint step with plain matrices, padded, as it was / as it is
+head N        the joint step with a plain head / as it is, where the embedding's matrix is packed
 """
 
 import argparse
@@ -33,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from blocks.cache import StackCache
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.load import load_stack
+from blocks.packed import PackedLinear
 from blocks.stack import Stack
 
 _PREFILL = 128
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=4)
     parser.add_argument("--ffn", type=int, default=0, help="a random llama, its feed-forward width")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="of a random llama")
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--least", type=int, default=40)
     parser.add_argument("--most", type=int, default=400)
@@ -76,7 +80,7 @@ def made_model(folder: Path, asked: argparse.Namespace) -> Checkpoint:
         num_hidden_layers=asked.layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(hidden // 256, 1),
-        vocab_size=2048,
+        vocab_size=asked.vocabulary,
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
@@ -94,11 +98,21 @@ def padding(stack: Stack) -> Stack:
     return stack
 
 
+def plain_headed(stack: Stack) -> Stack | None:
+    """The stack with its head as a plain layer; None if it is one."""
+    head = stack._carved.model.get_output_embeddings()
+    if not isinstance(head, PackedLinear):
+        return None
+    _ = head.weight  # who looks at it gets it, and a plain layer
+    return stack
+
+
 def measured(checkpoint: Checkpoint, asked: argparse.Namespace) -> dict[str, Any]:
     """Run everything and return the figures by name."""
     plain = plain_stack(checkpoint, asked.dtype)
     packed = load_stack(checkpoint, 0, checkpoint.blocks, dtype=asked.dtype)
     padded = padding(load_stack(checkpoint, 0, checkpoint.blocks, dtype=asked.dtype))
+    headed = plain_headed(load_stack(checkpoint, 0, checkpoint.blocks, dtype=asked.dtype))
     found: dict[str, Any] = {"model": f"{asked.layers} x {packed.hidden_size}, {asked.dtype}"}
     before, after = (prefill(stack) for stack in (plain, packed))
     found["prefill"] = ratio(rounds([before, after], asked.rounds), 0, 1)
@@ -108,12 +122,15 @@ def measured(checkpoint: Checkpoint, asked: argparse.Namespace) -> dict[str, Any
     for count in asked.sessions:
         lengths = torch.linspace(asked.least, asked.most, count).int().tolist()
         one = steps(packed, [sum(lengths) // count])
-        ways = [one, *(steps(stack, lengths) for stack in (packed, padded, plain))]
+        others = [packed, padded, plain, *([headed] if headed else [])]
+        ways = [one, *(steps(stack, lengths) for stack in others)]
         times = rounds(ways, asked.rounds)
         found[f"joint {count}"] = median(times[1]) * 1000
         found[f"gain {count}"] = count * ratio(times, 0, 1)
         found[f"padded {count}"] = ratio(times, 2, 1)
         found[f"plain {count}"] = ratio(times, 3, 1)
+        if headed:
+            found[f"head {count}"] = ratio(times, 4, 1)
     return found
 
 
@@ -134,15 +151,19 @@ def steps(stack: Stack, lengths: Sequence[int]) -> Step:
     return lambda: stack.run_joined(inputs, caches, wants_logits=wants)
 
 
-def rounds(ways: Sequence[Step], count: int) -> list[list[float]]:
-    """CPU seconds of each way, one entry a round; the first round warms up and does not count."""
+def rounds(
+    ways: Sequence[Step], count: int, clock: Callable[[], float] = time.thread_time
+) -> list[list[float]]:
+    """CPU seconds of each way, or another clock's, one entry a round; the first round warms up and
+    does not count.
+    """
     taken: list[list[float]] = [[] for _ in ways]
     for number in range(count + 1):
         for way, seconds in zip(ways, taken, strict=True):
-            begun = time.thread_time()
+            begun = clock()
             way()
             if number:
-                seconds.append(time.thread_time() - begun)
+                seconds.append(clock() - begun)
     return taken
 
 

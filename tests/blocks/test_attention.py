@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -108,6 +109,20 @@ def test_a_family_is_padded_if_the_trial_of_a_block_says_so(
     for joined, alone in step_both_ways(stack, texts):
         assert_same(joined, alone)
     assert not stack.joins_by_rows
+
+
+@pytest.mark.parametrize(("kind", "is_apart"), [("bfloat16", True), ("float32", False)])
+def test_logits_are_judged_by_the_precision_they_are_computed_in_not_by_their_own(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: Dtype, is_apart: bool
+) -> None:
+    apart = Rows._apart
+
+    def nearly(self: Rows, *given: Any) -> torch.Tensor:
+        return apart(self, *given) * 1.01
+
+    monkeypatch.setattr(Rows, "_apart", nearly)
+    stack = load_stack(llama.checkpoint, BLOCKS - 1, BLOCKS, dtype=kind)
+    assert stack.joins_by_rows == is_apart
 
 
 def test_what_an_indexer_chooses_among_is_never_taken_apart(

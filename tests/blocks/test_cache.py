@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import BLOCKS, WINDOW, TinyModel, assert_same, some_ids, whole_logits
 
-from blocks.cache import ROLLBACK_TOKENS, StackCache
+from blocks.cache import StackCache
 from blocks.errors import BlocksError, StepError
+from blocks.growing import ROLLBACK_TOKENS
 from blocks.load import load_stack
 from blocks.stack import Stack
 

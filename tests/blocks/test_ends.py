@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blocks.ends import CandidateWish, candidates
+import blocks.ends
+from blocks.ends import CandidateWish, candidates, chosen
 from blocks.errors import BlocksError, StepError
 
 ROW = torch.tensor([[1.0, 5.0, 3.0, 5.0, 2.0, 4.0]])
@@ -127,3 +128,40 @@ def test_candidates_equal_a_plain_sort_of_every_row(
         assert found["named"][number].tolist() == expected
         left = sum(math.exp(values[token]) for token in free[len(taken) :])
         assert math.exp(found["left"][number].item()) == pytest.approx(left)
+
+
+WISHES = (
+    CandidateWish(3),
+    CandidateWish(0),
+    CandidateWish(2, (0, 5), ((1, 2.0), (7, -1.0))),
+    CandidateWish(4, (3,), (), (1, 2, 3, 8)),
+)
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_device_that_is_not_waited_for_chooses_the_same_and_says_who_has_no_numbers(
+    wish: CandidateWish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(-4, 5, (6, 12), generator=generator).float()
+    rows[1] = -math.inf
+    expected = candidates(rows, wish)
+    sick = rows.clone()
+    sick[2, 3] = sick[4] = math.nan
+    monkeypatch.setattr(blocks.ends, "_places", blocks.ends._places_unseen)
+    found, has_numbers = chosen(sick, wish)
+    well = [0, 1, 3, 5]
+    assert has_numbers[well].all()
+    assert not has_numbers[2]
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name][well], values[well], rtol=0, atol=0)
+
+
+def test_a_bias_that_makes_no_number_names_no_id_beyond_the_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # a device that is told to look there ends the process
+    monkeypatch.setattr(blocks.ends, "_places", blocks.ends._places_unseen)
+    rows = torch.full((2, 12), -math.inf)
+    found, _ = chosen(rows, CandidateWish(5, bias=((3, math.inf),)))
+    assert found["tokens"].min() >= 0
