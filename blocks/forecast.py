@@ -5,7 +5,6 @@
 2. Whether the model has 1 or 500 billion weights, this takes about a second.
 """
 
-import inspect
 import json
 import logging
 from pathlib import Path
@@ -18,6 +17,7 @@ from blocks.cache import StackCache
 from blocks.carve import anatomy, causal_class, text_config
 from blocks.checkpoint import Checkpoint, context_length
 from blocks.errors import CheckpointError
+from blocks.hf.forwards import cache_argument, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +72,13 @@ def _grown_values(config: PretrainedConfig) -> tuple[int, int]:
     with torch.device("meta"), torch.inference_mode():
         parts = anatomy(causal_class(config)(config).to(dtype))
         cache = StackCache(config, 0, len(parts.layers))
-        takes = inspect.signature(parts.inner.forward).parameters
+        takes = parameters_of(parts.inner.forward)
         held = []
         for position in range(2):
             step: dict[str, Any] = {
                 "input_ids": torch.zeros(1, 1, dtype=torch.long),
                 "position_ids": torch.full((1, 1), position),
-                "past_key_values": cache,
+                cache_argument(parts.inner): cache,
                 "use_cache": True,
                 "return_dict": True,
             }

@@ -9,7 +9,7 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from blocks.attention import Rows, base_of, configs_of
 from blocks.carve import Skip, anatomy
 from blocks.checkpoint import context_length
 from blocks.errors import BlocksError
+from blocks.hf.forwards import cache_argument, parameters_of
 from blocks.sides import Exchange, Sides, plan_sides
 
 
@@ -54,11 +55,8 @@ class Carved:
         embedding = model.get_input_embeddings()
         # some families project between embedding and layers
         self.embedding_size: int = getattr(embedding, "embedding_dim", self.hidden_size)
-        inner, whole = _parameters(self.parts.inner.forward), _parameters(model.forward)
+        inner, whole = parameters_of(self.parts.inner.forward), parameters_of(model.forward)
         self.inner_takes = inner.keys()
-        # recurrent families call it otherwise
-        names = ("past_key_values", "cache_params")
-        self._cache_name = next((name for name in names if name in inner), None)
         # learned positions that nobody tells: the family counts them from the cache's length
         self._counts_before = "position_ids" not in inner and any(
             isinstance(module, nn.Embedding) and module is not embedding
@@ -164,9 +162,11 @@ class Carved:
     def _cache_arguments(self, cache: DynamicCache | None) -> dict[str, Any]:
         if cache is None:
             return {"use_cache": False}
-        if self._cache_name is None:
-            raise BlocksError(f"{type(self.parts.inner).__name__} takes no cache that could be cut")
         return {"use_cache": True, self._cache_name: cache}
+
+    @functools.cached_property
+    def _cache_name(self) -> str:
+        return cache_argument(self.parts.inner)
 
     @contextmanager
     def recomputing(self, span: range) -> Iterator[None]:
@@ -257,10 +257,6 @@ class Carved:
 
         with self.parts.layers[number].register_forward_hook(capture):
             yield
-
-
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
 
 
 def _only(arguments: dict[str, Any], names: Any) -> dict[str, Any]:

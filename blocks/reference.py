@@ -4,7 +4,6 @@
 2. What is compared with is what the saved folder holds, loaded back by transformers.
 """
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from blocks.carve import find_layers
 from blocks.errors import BlocksError
+from blocks.hf.forwards import cache_argument, parameters_of
 from blocks.shrink import VOCABULARY
 
 _SEED = 7
@@ -56,12 +56,12 @@ class Whole:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        named = inspect.signature(model.forward).parameters
+        named = parameters_of(model.forward)
         self.takes = set(named)
+        path, _ = find_layers(model)
+        self.inner = model.get_submodule(path.rpartition(".")[0])
         if any(one.kind is one.VAR_KEYWORD for one in named.values()):
-            path, _ = find_layers(model)
-            inner = model.get_submodule(path.rpartition(".")[0])
-            self.takes |= inspect.signature(inner.forward).parameters.keys()
+            self.takes |= parameters_of(self.inner.forward).keys()
 
     def run(
         self,
@@ -73,8 +73,7 @@ class Whole:
         """float32 logits [B, S, vocabulary] of ids [B, S] that follow the cache's past."""
         arguments: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            name = "cache_params" if "cache_params" in self.takes else "past_key_values"
-            arguments[name] = cache
+            arguments[cache_argument(self.inner)] = cache
         if positions is not None:
             arguments["position_ids"] = positions
         if mask is not None:

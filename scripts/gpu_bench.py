@@ -37,6 +37,7 @@ from step_bench import ratio, rounds
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from blocks.checkpoint import Checkpoint, open_checkpoint
+from blocks.hf.forwards import cache_argument
 from blocks.load import load_stack
 from blocks.recorder import GraphRecorder, Recorder, TraceRecorder
 from blocks.stack import Stack
@@ -170,10 +171,11 @@ def family(model: Any, cache: Any, count: int, past: int) -> Step:
     width, device = model.config.hidden_size, model.device
     prompt = torch.randn(count, past, width, dtype=model.dtype, device=device)
     token = prompt[:, :1].clone()
+    name = cache_argument(model.model)
 
     def step(embedded: torch.Tensor = token) -> Any:
         with torch.inference_mode():
-            return model.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+            return model.model(inputs_embeds=embedded, use_cache=True, **{name: cache})
 
     step(prompt)
     return step

@@ -5,6 +5,7 @@ for seconds each time, the imports, was done before. How a command begins from n
 of the tests that start it in the usual way (`processes`).
 """
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
@@ -35,8 +36,10 @@ class Preloaded:
         """Begin it. Its stdout goes to the file `out`, or can be read here; stderr to `err`."""
         reading, writing = _CONTEXT.Pipe(duplex=False)
         arguments = (list(words), dict(given), out or writing, err)
-        self._process = _CONTEXT.Process(target=_called, args=arguments, daemon=True)
+        # no daemon: those may have no children, and a server tries an unlisted type in one
+        self._process = _CONTEXT.Process(target=_called, args=arguments)
         self._process.start()
+        atexit.register(self.kill)  # before multiprocessing would wait for it
         writing.close()
         self.stdout = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
         reading.close()
@@ -61,6 +64,7 @@ class Preloaded:
     def kill(self) -> None:
         """End it at once."""
         self.send_signal(signal.SIGKILL)
+        atexit.unregister(self.kill)
 
 
 def _called(words: list[str], given: dict[str, str], out: Path | Connection, err: Path) -> None:

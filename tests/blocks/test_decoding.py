@@ -14,6 +14,7 @@ from blocks.cache import StackCache
 from blocks.decoding import Decoder
 from blocks.errors import BlocksError
 from blocks.forward import Carved
+from blocks.hf.forwards import CACHE_NAMES
 from blocks.load import Dtype, load_stack
 from blocks.recorder import GraphRecorder, Recorder, TraceRecorder
 from blocks.stack import Stack
@@ -412,7 +413,8 @@ def by_baked_positions(named: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def by_length(named: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden + named["past_key_values"].get_seq_length()
+    cache = next(named[name] for name in CACHE_NAMES if name in named)
+    return hidden + cache.get_seq_length()
 
 
 @pytest.mark.parametrize(

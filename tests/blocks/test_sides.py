@@ -23,6 +23,7 @@ from blocks.codec import Payload, from_raw, to_raw
 from blocks.ends import CandidateWish
 from blocks.errors import BlocksError, StepError
 from blocks.executor import Executor, StepJob
+from blocks.hf.forwards import cache_argument
 from blocks.load import load_stack
 from blocks.sides import Sides
 from blocks.stack import Stack
@@ -46,7 +47,8 @@ def whole_cached(model: TinyModel, ids: torch.Tensor) -> torch.Tensor:
             more: dict[str, Any] = {"position_ids": positions}
             if "zamba" in model.checkpoint.model_type:
                 more = {}
-            parts.append(model.whole(chunk, past_key_values=cache, use_cache=True, **more).logits)
+            more[cache_argument(model.whole.model)] = cache
+            parts.append(model.whole(chunk, use_cache=True, **more).logits)
             start += chunk.shape[1]
     return torch.cat(parts, dim=1)
 

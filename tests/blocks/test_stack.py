@@ -193,7 +193,7 @@ def test_a_family_that_would_lose_the_past_is_refused(
     llama: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = load_stack(llama.checkpoint, 0, 2)
-    monkeypatch.setattr(stack._carved, "_cache_name", None)
+    monkeypatch.setattr("blocks.hf.forwards.CACHE_NAMES", ())
     with pytest.raises(BlocksError, match="takes no cache"):
         stack.run(some_ids(3), cache=stack.new_cache())
     stack.run(some_ids(3))
