@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers.cache_utils import DynamicIndexedLayer
 
 from blocks.attention import Rows
 from blocks.cache import StackCache
 from blocks.forward import Carved
 from blocks.growing import kind_of
+from blocks.hf.caches import DynamicIndexedLayer
+from blocks.hf.models import layer_kinds
 from blocks.joint import Row, run_rows
 from blocks.sides import Sides
 
@@ -48,8 +49,7 @@ def attends_apart(carved: Carved, one: Tried) -> bool:
     Blocks of a kind are tried once. A step must have run in it: what keeps a state is not tried.
     Never raises for what a family's code makes of the trial.
     """
-    config = carved.model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
+    types = layer_kinds(carved.model.config)
     cache = one.new_cache()
     kind = (
         type(carved.parts.layers[one.start]),

@@ -12,8 +12,6 @@ the bit what it gets alone.
 3. Keys that a family changes between its cache and its attention are refused, never approximated.
 """
 
-import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,11 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blocks.errors import BlocksError
+from blocks.hf.attention import (
+    causal_mask_function,
+    is_window,
+    name_attention,
+    own_attention,
+    register,
+)
 
 _NAME = "swarm_rows"
 _HALVES = (torch.bfloat16, torch.float16)
@@ -51,15 +53,11 @@ class Attached:
         """Within, layers with these configs attend so; one forward runs in it."""
         token = _running.set(self)
         try:
-            self._name(_NAME)
+            name_attention(self.configs, _NAME)
             yield
         finally:
             _running.reset(token)
-            self._name(self.base)
-
-    def _name(self, implementation: str) -> None:
-        for config in self.configs:
-            config._attn_implementation = implementation
+            name_attention(self.configs, self.base)
 
     def attend(
         self,
@@ -129,7 +127,7 @@ class Rows(Attached):
     ) -> torch.Tensor:
         if self.is_faster(query.dtype) and named.get("position_bias") is None:
             return _by_key_head(query, pasts, named.get("scaling"))
-        own = _own(module, self.base)
+        own = own_attention(module, self.base)
         queries = query.split(1) if len(pasts) > 1 else (query,)
         return torch.cat(
             [
@@ -142,21 +140,6 @@ class Rows(Attached):
 _running: ContextVar[Attached | None] = ContextVar("attached", default=None)
 
 
-def configs_of(model: PreTrainedModel) -> tuple[Any, ...]:
-    """The configs that say how a model's layers attend."""
-    found = (vars(module).get("config") for module in model.modules())
-    named = [config for config in found if hasattr(config, "_attn_implementation")]
-    return tuple({id(config): config for config in named}.values())
-
-
-def base_of(configs: Sequence[Any]) -> str | None:
-    """The one implementation they all name, if it is one that can be run by rows."""
-    names = {config._attn_implementation for config in configs}
-    chunked = any(getattr(config, "attention_chunk_size", None) for config in configs)
-    base = names.pop() if len(names) == 1 else None
-    return base if base in ("sdpa", "eager") and not chunked else None
-
-
 def _by_key_head(query: torch.Tensor, pasts: Sequence[Past], scale: float | None) -> torch.Tensor:
     """Attention of one position, with the query heads of a key head as so many positions."""
     rows, heads, _, width = query.shape
@@ -167,21 +150,6 @@ def _by_key_head(query: torch.Tensor, pasts: Sequence[Past], scale: float | None
         for one, (keys, values) in zip(queries, pasts, strict=True)
     ]
     return torch.cat(attended).reshape(rows, 1, heads, -1)
-
-
-@functools.cache
-def _own_of(kind: type, base: str) -> Callable[..., Any]:
-    home = vars(sys.modules[kind.__module__])
-    functions = home.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    own: Callable[..., Any] = (
-        home["eager_attention_forward"] if base == "eager" else functions[base]
-    )
-    return own
-
-
-def _own(module: nn.Module, base: str) -> Callable[..., Any]:
-    """What the module's family attends with."""
-    return _own_of(type(module), base)  # type: ignore[arg-type]  # a class is hashable
 
 
 def _attend(
@@ -209,11 +177,10 @@ def _no_mask(
     **named: Any,
 ) -> None:
     """No mask where a causal one, or a sliding window's, would hide nothing; BlocksError else."""
-    is_sliding = local_size is not None and local_size == getattr(config, "sliding_window", None)
+    is_sliding = is_window(config, local_size)
     is_causal = mask_function is causal_mask_function
     if attention_mask is not None or not allow_is_causal_skip or not (is_sliding or is_causal):
         raise BlocksError("this family hides more than the future")
 
 
-AttentionInterface.register(_NAME, _attend)
-AttentionMaskInterface.register(_NAME, _no_mask)
+register(_NAME, _attend, _no_mask)

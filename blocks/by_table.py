@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from blocks.attention import Attached
 from blocks.cache import StackCache
 from blocks.errors import BlocksError
+from blocks.hf.attention import HARMLESS
+from blocks.hf.caches import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from blocks.pool import Ledger, Pool
 from blocks.transfer import sent
 
@@ -32,20 +33,6 @@ _HALVES = (torch.bfloat16, torch.float16)
 KERNEL_PAGE_TOKENS = 256
 _KERNEL_MOST_WIDTH = 256
 _KERNEL_WIDTHS = 8
-
-_HARMLESS = frozenset(
-    {
-        "cache_position",
-        "dropout",
-        "is_causal",
-        "output_attentions",
-        "position_embeddings",
-        "position_ids",
-        "scaling",
-        "sliding_window",
-        "use_cache",
-    }
-)
 
 # query [N, heads, d], keys and values [pages, tokens, key heads, d], table [N, P] int32, lengths
 # [N] int32, scale, window (None: the whole past) -> [N, heads, d]
@@ -248,7 +235,7 @@ class ByTable(Attached):
 def _check_named(module: nn.Module, named: Mapping[str, Any], window: int | None) -> None:
     """BlocksError for a keyword that may ask for another attention."""
     for name, value in named.items():
-        if value is not None and value is not False and name not in _HARMLESS:
+        if value is not None and value is not False and name not in HARMLESS:
             raise BlocksError(f"{type(module).__name__} attends with a {name}")
     if named.get("sliding_window") not in (None, window):
         raise BlocksError(f"{type(module).__name__} has a window that its cache does not know")

@@ -15,44 +15,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
-from transformers.cache_utils import (
+
+from blocks.errors import BlocksError, StepError
+from blocks.growing import Buffer, Growing, GrowingSliding, Known, growing_kind, kind_of
+from blocks.hf.caches import (
+    FORKABLE,
+    MUTATORS,
+    UNREGISTERED,
     DummyLayer,
     DynamicCache,
-    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
+    is_recurrent,
 )
-
-from blocks.errors import BlocksError, StepError
-from blocks.growing import (
-    UNREGISTERED,
-    Buffer,
-    Growing,
-    GrowingSliding,
-    Known,
-    growing_kind,
-    kind_of,
-)
+from blocks.hf.models import PretrainedConfig, decoder_config
 from blocks.paged import page, share
 from blocks.pool import Ledger, Pools
 
 
 def _nothing(self: Any, *args: Any, **kwargs: Any) -> None:
     """Ghosts store nothing, so what changes a store changes nothing."""
-
-
-_MUTATORS = (
-    "crop",
-    "reorder_cache",
-    "reset",
-    "batch_repeat_interleave",
-    "batch_select_indices",
-    "activate_past_recording",
-    "offload",
-    "prefetch",
-)
 
 
 @functools.cache
@@ -62,7 +45,7 @@ def _ghost_kind(kind: type) -> type:
     def ignore(self: Any, value: Any) -> None:
         """Constructors and resets assign what a ghost computes."""
 
-    names: dict[str, Any] = {**dict.fromkeys(_MUTATORS, _nothing), **UNREGISTERED}
+    names: dict[str, Any] = {**dict.fromkeys(MUTATORS, _nothing), **UNREGISTERED}
     if issubclass(kind, DynamicSlidingWindowLayer):
         names["cumulative_length"] = property(lambda self: self.session.length, ignore)
     elif issubclass(kind, DynamicLayer):
@@ -103,7 +86,7 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
 
     def _build(self) -> None:
         super().__init__(config=self._config)
-        count = self._config.get_text_config(decoder=True).num_hidden_layers
+        count = decoder_config(self._config).num_hidden_layers
         if not self.layers:  # a config that tells nothing of its layers
             self.layers: list[Any] = [DynamicLayer() for _ in range(count)]
         self.layer_class_to_replicate = None
@@ -122,7 +105,7 @@ class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not fol
     def _hold(self) -> None:
         self.held = [self.layers[number] for number in self.numbers]
         self._sliding = [layer for layer in self.held if isinstance(layer, GrowingSliding)]
-        self._is_forkable = all(kind_of(layer) in _FORKABLE for layer in self.held)
+        self._is_forkable = all(kind_of(layer) in FORKABLE for layer in self.held)
 
     @property
     def is_paged(self) -> bool:
@@ -265,15 +248,11 @@ def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
 
 
 def _can_crop(layer: Any, tokens: int) -> bool:
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
+    if is_recurrent(layer):
         return False  # their crop does not undo the recurrent states
     if isinstance(layer, DynamicSlidingWindowLayer):
         return isinstance(layer, GrowingSliding) and layer.can_crop(tokens)
     return bool(layer.is_croppable)
-
-
-# Kinds that hold nothing but keys and values, which only grow.
-_FORKABLE = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
 
 
 def _forked(layer: Any, removed: int) -> Any:

@@ -22,10 +22,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from blocks.errors import BlocksError, CheckpointError
+from blocks.errors import BlocksError
+from blocks.hf.models import PretrainedConfig, PreTrainedModel, causal_class, decoder_config
 
 
 class Skip(nn.Module):  # type: ignore[misc]  # torch is not followed
@@ -90,36 +89,12 @@ class Anatomy:
     arity: int
 
 
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config that the causal model's class takes: a composite's text part where it wants it."""
-    text = config.get_text_config(decoder=True)
-    return text if causal_class(config).config_class is type(text) else config
-
-
-def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """transformers' causal language model of this config; CheckpointError if it has none."""
-    try:
-        known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise CheckpointError(
-            f"transformers has no causal language model of type {config.model_type}; "
-            "choose another model"
-        ) from error
-    if not isinstance(known, tuple | list):
-        return cast("type[PreTrainedModel]", known)
-    wanted = config.architectures or []
-    return cast(
-        "type[PreTrainedModel]",
-        next((one for one in known if one.__name__ in wanted), known[0]),
-    )
-
-
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The path and list of the decoder's layers: the outermost list of the right length.
 
     BlocksError when there is none: a family this way of cutting cannot serve.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    count = decoder_config(model.config).num_hidden_layers
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -307,7 +282,7 @@ def _void_tables(model: PreTrainedModel, path: str) -> None:
     """
     embedding = model.get_input_embeddings()
     kept = embedding if is_tied(model) else None
-    decoder = model.config.get_text_config(decoder=True).to_dict()
+    decoder = decoder_config(model.config).to_dict()
     sizes = {value for name, value in decoder.items() if name.startswith("vocab_size")}
     for name, module in list(model.named_modules()):
         is_table = isinstance(module, nn.Embedding) and module.num_embeddings in sizes

@@ -17,9 +17,9 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError  # what configs check their fields with
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
 
 from blocks.errors import CheckpointError
+from blocks.hf.models import AutoConfig, PretrainedConfig, decoder_config
 
 SMALL_FILES = (
     "config.json",
@@ -133,7 +133,7 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
                 "fetch the checkpoint again"
             )
     config = _config(folder)
-    text = config.get_text_config(decoder=True)
+    text = decoder_config(config)
     return Checkpoint(
         folder=folder,
         config=config,
@@ -222,7 +222,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     path = checkpoint.folder / "generation_config.json"
     generation = _json_object(path) if path.is_file() else None
-    text = checkpoint.config.get_text_config(decoder=True)
+    text = decoder_config(checkpoint.config)
     special = {
         key: generation.get(key) if generation is not None else getattr(text, key, None)
         for key in ("eos_token_id", "bos_token_id")

@@ -20,7 +20,8 @@ import torch
 
 from blocks.carve import anatomy
 from blocks.checkpoint import Checkpoint, open_shard
-from blocks.needed import empty_model, landing
+from blocks.hf.loading import landing
+from blocks.needed import empty_model
 
 SAMPLES = 64  # of each block and of each end
 SAMPLE_BYTES = 4096
@@ -63,7 +64,7 @@ def _places(checkpoint: Checkpoint, start: int, stop: int) -> list[tuple[str, in
     path = anatomy(model).path + "."
     return [
         (name, int(to.removeprefix(path).partition(".")[0]) if to.startswith(path) else None)
-        for name, to in landing(model, checkpoint).items()
+        for name, to in landing(model, checkpoint.tensors).items()
     ]
 
 

@@ -1,6 +1,7 @@
 """What can go wrong while computing, and whose fault it is.
 
 BlocksError             the computation failed here
+├── Unsupported         the installed transformers is not as known here; names what differs
 ├── CheckpointError     a folder of weights cannot be served; names file or tensor
 └── StepError           a step no stack could compute as it was sent: the sender's fault
 
@@ -11,6 +12,10 @@ BlocksError             the computation failed here
 
 class BlocksError(Exception):
     """The computation failed, and the sender of the step is not to blame."""
+
+
+class Unsupported(BlocksError):
+    """The installed transformers is not as known here; the message names what differs."""
 
 
 class CheckpointError(BlocksError):

@@ -14,14 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from blocks.cache import StackCache
 from blocks.checkpoint import open_checkpoint
 from blocks.errors import BlocksError, StepError
+from blocks.hf.forwards import takes_of
+from blocks.hf.models import PretrainedConfig
 from blocks.load import load_stack
+from blocks.needed import empty_model
 from blocks.reference import TheirsError, Trouble, saved_model, some_ids, told
-from blocks.report import Check, outcome_of
+from blocks.report import Check, Takes, outcome_of
 from blocks.stack import Stack
 
 _LEAST_EFFECT = 1e-4  # of what a check must depend on
@@ -46,12 +48,18 @@ class _BlindError(Exception):
     """The check could not have failed."""
 
 
-def examine(config: PretrainedConfig, folder: Path, tell: Tell) -> None:
+def examine(
+    config: PretrainedConfig,
+    folder: Path,
+    tell: Tell,
+    tell_takes: Callable[[Takes], None] = lambda takes: None,
+) -> None:
     """Try the family of a tiny config and tell each check. Trouble if there is nothing to try.
 
     `folder` is empty, and the caller's to remove.
     """
     trial = _Trial(config, folder)
+    tell_takes(trial.takes)
     forward = _judged("forward", trial.forward)
     tell(forward)
     if forward.outcome != "holds":
@@ -93,6 +101,7 @@ class _Trial:
         try:
             checkpoint = open_checkpoint(folder)
             blocks = checkpoint.blocks
+            self.takes = Takes(takes_of(empty_model(checkpoint, 0, blocks)))
             cut = (range(blocks // 3), range(blocks // 3, blocks - 1), range(blocks - 1, blocks))
             self.stacks = [load_stack(checkpoint, span.start, span.stop) for span in cut]
         except Exception as error:

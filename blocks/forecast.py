@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from blocks.cache import StackCache
-from blocks.carve import anatomy, causal_class, text_config
+from blocks.carve import anatomy
 from blocks.checkpoint import Checkpoint, context_length
 from blocks.errors import CheckpointError
 from blocks.hf.forwards import cache_argument, parameters_of
+from blocks.hf.models import (
+    AutoConfig,
+    PretrainedConfig,
+    causal_class,
+    decoder_config,
+    text_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ def sketch(path: Path) -> Checkpoint:
     try:
         given = json.loads((folder / "config.json").read_text("utf-8"))
         config = text_config(AutoConfig.for_model(given.pop("model_type"), **given))
-        text = config.get_text_config(decoder=True)
+        text = decoder_config(config)
         return Checkpoint(
             folder=folder,
             config=config,
@@ -90,7 +96,7 @@ def _grown_values(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _full_attention_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    text = config.get_text_config(decoder=True)
+    text = decoder_config(config)
     queries = getattr(text, "num_attention_heads", None) or 1
     heads: int = getattr(text, "num_key_value_heads", None) or queries
     head_size: int = getattr(text, "head_dim", None) or text.hidden_size // queries

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
-from blocks.attention import Rows, base_of, configs_of
+from blocks.attention import Rows
 from blocks.carve import Skip, anatomy
 from blocks.checkpoint import context_length
 from blocks.errors import BlocksError
+from blocks.hf.attention import base_of, configs_of
+from blocks.hf.caches import DynamicCache
 from blocks.hf.forwards import cache_argument, parameters_of
+from blocks.hf.models import PretrainedConfig, PreTrainedModel, decoder_config
 from blocks.sides import Exchange, Sides, plan_sides
 
 
@@ -48,7 +49,7 @@ class Carved:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.parts = anatomy(model)
-        decoder: PretrainedConfig = model.config.get_text_config(decoder=True)
+        decoder: PretrainedConfig = decoder_config(model.config)
         self.hidden_size: int = decoder.hidden_size
         self.vocabulary_size: int = decoder.vocab_size
         self.context_length = context_length(decoder)

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from blocks.hf.caches import UNREGISTERED, DynamicLayer, DynamicSlidingWindowLayer
 
 # Room for the first tokens of a session; below it doubling would only mean many small copies.
 _FIRST_ROOM_TOKENS = 64
 
 # How far a sliding layer remembers beyond its window, so that any draft can be rolled back.
 ROLLBACK_TOKENS = 64
-
-
-# transformers would take a subclass of some kinds for a better version of them.
-UNREGISTERED = {"_layer_type": None}
 
 
 @dataclass(slots=True)

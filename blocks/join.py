@@ -14,7 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
+
+from blocks.attention import Rows
+from blocks.cache import StackCache
+from blocks.growing import kind_of
+from blocks.hf.caches import (
+    STATES,
+    UNREGISTERED,
     Cache,
     DummyLayer,
     DynamicCache,
@@ -26,10 +32,6 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-
-from blocks.attention import Rows
-from blocks.cache import StackCache
-from blocks.growing import UNREGISTERED, kind_of
 from blocks.transfer import sent
 
 _KNOWN = frozenset(
@@ -43,7 +45,6 @@ _KNOWN = frozenset(
         LinearAttentionAndSlidingWindowAttentionLayer,
     }
 )
-_STATES = ("conv_states", "recurrent_states")
 
 
 def why_not_joined(cache: StackCache) -> str | None:
@@ -156,7 +157,7 @@ def _joined_kind(kind: type) -> type:
     if issubclass(kind, DynamicIndexedLayer):
         names["update_indexer"] = _update_indexer
     if issubclass(kind, LinearAttentionCacheLayerMixin):
-        for name in _STATES:
+        for name in STATES:
             names[name] = property(functools.partial(_Joined.states, name=name), ignore)
     return type(f"Joined{kind.__name__}", (_Joined, kind), names)
 

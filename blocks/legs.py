@@ -8,10 +8,9 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
-
 from blocks.cache import StackCache
 from blocks.errors import BlocksError, StepError
+from blocks.hf import caches
 from blocks.stack import Stack
 
 
@@ -116,4 +115,4 @@ class Legs:
 def is_recurrent(stack: Stack) -> bool:
     """True if some of the stack's layers hold a state instead of a past that can be masked."""
     held = stack.new_cache().held
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in held)
+    return any(caches.is_recurrent(layer) for layer in held)

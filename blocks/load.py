@@ -8,30 +8,30 @@
 4. A quantized stack is the same whether it was quantized just now or read from a saved copy.
 """
 
-import logging
 import math
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from blocks.carve import carved_class, text_config
+from blocks.carve import carved_class
 from blocks.checkpoint import Checkpoint, open_shard
 from blocks.errors import BlocksError, CheckpointError
 from blocks.formats import Kind, is_nf4_fast
+from blocks.hf import release
+from blocks.hf.forwards import check_takes, takes_of
+from blocks.hf.loading import filled, quiet
+from blocks.hf.models import PreTrainedModel, text_config
+from blocks.hf.quantizing import QuantConfig, span_targets
 from blocks.needed import needed_shards
 from blocks.packed import pack
+from blocks.proven import known_takes
 from blocks.quantize import Quant, held_parts, hold
-from blocks.quantizer import QuantConfig, span_targets
 from blocks.saved import BUDGET_BYTES, SAFETENSORS_NAMES, SavedCopies, copy_key
 from blocks.stack import Stack
 
@@ -39,9 +39,6 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Progress = Callable[[int, int], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# a row of the table in transformers' report: name | CONVERSION | details, perhaps in colours
-_UNCONVERTED = re.compile(r"^([\w.]+)[^|\n]*\|[^|\n]*CONVERSION", re.MULTILINE)
-
 _SUMMED = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _PIECE_VALUES = 2**20
 
@@ -148,6 +145,7 @@ def load_stack(
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
+    release.check()
     opened = set(checkpoint.shards).intersection(needed_shards(checkpoint, start, stop))
     needed = checkpoint.only(opened)
     span = _Span(needed, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
@@ -157,6 +155,7 @@ def load_stack(
         copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
         model = span.load_quantized(quant, copies)
     stack = Stack.of(model.requires_grad_(False).to(device), start, stop)
+    check_takes(takes_of(model), known_takes(str(checkpoint.config.model_type)))
     if packs:
         pack(model, looks_up=start == 0)
     return stack
@@ -194,27 +193,18 @@ class _Span:
             shape(model)
 
         text = text_config(checkpoint.config)
-        extra = {} if config is None else {"quantization_config": config}
-        with _quiet() as report:
+        kind = carved_class(text, self._start, self._stop, on_carved)
+        tensors = {**lazy_tensors(checkpoint, tally.add), **(held or {})}
+        with quiet() as report:
             try:
-                model, found = carved_class(
-                    text, self._start, self._stop, on_carved
-                ).from_pretrained(
-                    None,
-                    config=text,
-                    state_dict={**lazy_tensors(checkpoint, tally.add), **(held or {})},
-                    dtype=self._dtype,
-                    ignore_mismatched_sizes=True,  # listed, so that we can name them
-                    output_loading_info=True,
-                    **extra,
-                )
+                model, found = filled(kind, text, tensors, self._dtype, config)
             except (RuntimeError, ValueError, SafetensorError) as error:
                 if "Cannot allocate memory" in str(error):
                     raise MemoryError(str(error)) from error
                 if config is not None and config.failures:
                     raise BlocksError(config.failures[0]) from error
-                broken = _UNCONVERTED.findall(report.text)
-                what = f"tensor {broken[0]} is not whole" if broken else error
+                broken = report.unconverted
+                what = f"tensor {broken} is not whole" if broken else error
                 raise CheckpointError(
                     f"{checkpoint.folder} could not be loaded ({what}); fetch the checkpoint again"
                 ) from error
@@ -318,39 +308,3 @@ def _file_of(checkpoint: Checkpoint, name: str) -> Path:
     """The shard that holds the tensor, or the folder where transformers made it of several."""
     entry = checkpoint.tensors.get(name)
     return checkpoint.folder / entry.shard if entry else checkpoint.folder
-
-
-class _Report(logging.Filter):
-    """Keeps what transformers reports of its loading, and lets nobody else see it."""
-
-    text = ""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.text += record.getMessage() + "\n"
-        return False
-
-
-@contextmanager
-def _quiet() -> Iterator[_Report]:
-    """Within, transformers shows no bars and logs no keys: we drop most of them on purpose.
-
-    Its report is still needed, as no exception names a tensor that could not be converted.
-    """
-    verbosity, has_bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    reporter, report = logging.getLogger(PreTrainedModel.__module__), _Report()
-    level = reporter.level
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    reporter.setLevel(logging.WARNING)
-    reporter.addFilter(report)
-    try:
-        yield report
-    finally:
-        reporter.removeFilter(report)
-        reporter.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if has_bars:
-            transformers_logging.enable_progress_bar()

@@ -19,13 +19,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from blocks.report import Check, Family, check_of
+from blocks.report import Check, Family, Takes, check_of
 
 PROCESSES = 2
 LIMIT_SECONDS = 60.0  # the slowest family, in pure Python, takes half of it on one busy core
 _JOIN_SECONDS = 5.0
 
-Examine = Callable[["Request", Callable[[Check], None]], None]
+Tell = Callable[[Check | Takes], None]
+Examine = Callable[["Request", Tell], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +44,11 @@ class _Running:
     deadline: float
     checks: list[Check] = field(default_factory=list)
     trouble: str = ""
+    takes: str = ""
 
-
-def model_types() -> tuple[str, ...]:
-    """Every type for which the installed transformers has a causal language model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    @property
+    def family(self) -> Family:
+        return Family(self.request.model_type, tuple(self.checks), self.trouble, self.takes)
 
 
 def examine_all(
@@ -78,7 +77,7 @@ def examine_all(
             for connection in _ended(running, limit_seconds):
                 number, one = running.pop(connection)
                 connection.close()
-                found[number] = Family(one.request.model_type, tuple(one.checks), one.trouble)
+                found[number] = one.family
                 on_done(found[number])
     finally:
         for connection, (_, one) in running.items():
@@ -125,6 +124,9 @@ def _is_last(connection: Connection, one: _Running) -> bool:
         if "check" in message:
             one.checks.append(check_of(message["check"]))
             return False
+        if "takes" in message:
+            one.takes = message["takes"]
+            return False
         one.trouble = message["trouble"]
     _kill(one.process)
     return True
@@ -145,7 +147,7 @@ def _child(connection: Connection, request: Request, examine: Examine) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
     try:
-        examine(request, lambda check: send({"check": check.as_json()}))
+        examine(request, lambda told: send(_as_message(told)))
         send({"trouble": ""})
     except Exception as error:  # noqa: BLE001  # the border of the process: all of it is told
         from blocks.reference import Trouble, told
@@ -155,13 +157,17 @@ def _child(connection: Connection, request: Request, examine: Examine) -> None:
         sys.stdout.flush()
 
 
-def examine_here(request: Request, tell: Callable[[Check], None]) -> None:
+def _as_message(told: Check | Takes) -> dict[str, Any]:
+    return {"takes": told.text} if isinstance(told, Takes) else {"check": told.as_json()}
+
+
+def examine_here(request: Request, tell: Tell) -> None:
     """Try one family in this process, in a temporary folder."""
     import torch
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging as transformers_logging
 
     from blocks.families import examine
+    from blocks.hf.models import CONFIG_MAPPING
+    from blocks.hf.models import logging as transformers_logging
     from blocks.reference import Trouble, told
     from blocks.shrink import shrunk, tiny_config
 
@@ -177,4 +183,4 @@ def examine_here(request: Request, tell: Callable[[Check], None]) -> None:
     except Exception as error:
         raise Trouble(f"its config cannot be made tiny: {told(error)}") from error
     with tempfile.TemporaryDirectory(prefix="swarm-family-") as folder:
-        examine(config, Path(folder), tell)
+        examine(config, Path(folder), tell, tell)

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from blocks.cache import StackCache
-from blocks.carve import causal_class, find_layers, is_tied, text_config
+from blocks.carve import find_layers, is_tied
 from blocks.checkpoint import Checkpoint
+from blocks.hf.models import causal_class, text_config
+from blocks.hf.quantizing import layer_targets
 from blocks.load import Dtype, resolve_dtype
 from blocks.packed import packs_tied
 from blocks.quantize import Quant
-from blocks.quantizer import layer_targets
 from blocks.stack import Stack
 
 # A typical short conversation, and a chunk that keeps a CPU's matrix units busy.

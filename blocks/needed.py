@@ -6,12 +6,11 @@
 """
 
 import torch
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from blocks.carve import carved_class, text_config
+from blocks.carve import carved_class
 from blocks.checkpoint import Checkpoint
+from blocks.hf.loading import landing
+from blocks.hf.models import PreTrainedModel, text_config
 
 
 def needed_tensors(checkpoint: Checkpoint, start: int, stop: int) -> frozenset[str]:
@@ -21,7 +20,7 @@ def needed_tensors(checkpoint: Checkpoint, start: int, stop: int) -> frozenset[s
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
-    return frozenset(landing(empty_model(checkpoint, start, stop), checkpoint))
+    return frozenset(landing(empty_model(checkpoint, start, stop), checkpoint.tensors))
 
 
 def needed_shards(checkpoint: Checkpoint, start: int, stop: int) -> tuple[str, ...]:
@@ -35,21 +34,3 @@ def empty_model(checkpoint: Checkpoint, start: int, stop: int) -> PreTrainedMode
     config = text_config(checkpoint.config)
     with torch.device("meta"):
         return carved_class(config, start, stop)(config)
-
-
-def landing(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The checkpoint's names of what lands in `model`, as transformers' loader decides it, each
-    with the name of the weight it becomes, or becomes a part of.
-    """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    prefix, weights = model.base_model_prefix, model.state_dict()
-    found = {}
-    for name in checkpoint.tensors:
-        renamed, _ = rename_source_key(name, renamings, converters, prefix, weights)
-        if renamed not in weights and name in weights:
-            renamed, _ = rename_source_key(name, [], [], prefix, weights)
-        if renamed in weights:
-            found[name] = renamed
-    return found

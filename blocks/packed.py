@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from blocks.carve import void
+from blocks.hf.models import PreTrainedModel
 from blocks.memory import ask_huge_pages, own_memory_bytes
 
 # In a smaller matrix the call costs one session more than is won.

@@ -96,12 +96,19 @@ def verdict_for(checkpoint: Checkpoint) -> Verdict:
     return Verdict(tried.is_proven, f"{verdict.sentence}: {tried.sentence}", True, tried.holds)
 
 
+def known_takes(model_type: str) -> str:
+    """What the list says that a type's forwards take in the installed release; empty if nothing."""
+    types = _listed_once().get(minor(metadata.version("transformers")), {})
+    return str(types.get(model_type, {}).get("takes", ""))
+
+
 def facts_of(family: Family) -> dict[str, Any]:
     """What the list keeps of a family."""
     return {
         "serving": family.is_serving,
         "holds": [check.name for check in family.checks if check.outcome == "holds"],
         "reason": family.reason,
+        "takes": family.takes,
     }
 
 

@@ -12,10 +12,10 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from blocks.experts import STACKS, QuantExperts, Unstacked, quantized_class
 from blocks.formats import Form, Kind, Matrix, form_of, quantize
+from blocks.hf.models import Conv1D
 
 Quant = Literal["none", "int8", "nf4"]
 Wanted = Literal["auto", "none", "int8", "nf4"]

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
+
+from blocks.carve import find_layers
+from blocks.errors import BlocksError
+from blocks.hf.caches import whole_cache
+from blocks.hf.forwards import cache_argument, parameters_of
+from blocks.hf.models import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
+    is_composite,
 )
-from transformers.cache_utils import DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-from blocks.carve import find_layers
-from blocks.errors import BlocksError
-from blocks.hf.forwards import cache_argument, parameters_of
 from blocks.shrink import VOCABULARY
 
 _SEED = 7
@@ -89,7 +89,7 @@ class Whole:
         self, ids: torch.Tensor, chunks: Sequence[int], mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The logits of ids that come in chunks, with positions as `generate` gives them."""
-        cache, parts, done = DynamicCache(config=self.model.config), [], 0
+        cache, parts, done = whole_cache(self.model.config), [], 0
         counted = torch.ones_like(ids) if mask is None else mask
         positions = (counted.cumsum(-1) - 1).clamp(min=0)
         for chunk in ids.split(list(chunks), dim=1):
@@ -140,8 +140,7 @@ class Whole:
 def saved_model(config: PretrainedConfig, folder: Path) -> Whole:
     """A random model of the config, saved in `folder` and loaded back. Trouble says what failed."""
     torch.manual_seed(_SEED)
-    is_composite = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    family: Any = AutoModelForImageTextToText if is_composite else AutoModelForCausalLM
+    family = AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
     try:
         model = family.from_config(config, dtype=torch.float32)
         with torch.no_grad():

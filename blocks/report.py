@@ -51,6 +51,13 @@ class Check:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What the family's forwards take, as `blocks.hf.forwards.takes_of` writes it."""
+
+    text: str
+
+
 def check_of(facts: Mapping[str, Any]) -> Check:
     """The check that `as_json` told."""
     return Check(facts["name"], facts["outcome"], facts["difference"], facts["note"])
@@ -58,11 +65,15 @@ def check_of(facts: Mapping[str, Any]) -> Check:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """All that was found of one model type. `trouble` is what ended its trial early, if any did."""
+    """All that was found of one model type. `trouble` is what ended its trial early, if any did.
+
+    `takes`: see `Takes`; empty where it could not be cut.
+    """
 
     model_type: str
     checks: tuple[Check, ...] = ()
     trouble: str = ""
+    takes: str = ""
 
     def holds(self, name: str) -> bool:
         """Was this check made, and did it hold?"""

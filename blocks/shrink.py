@@ -10,9 +10,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-
 from blocks.errors import CheckpointError
+from blocks.hf.models import CONFIG_MAPPING, PretrainedConfig
 
 BLOCKS = 6
 VOCABULARY = 96

@@ -28,6 +28,7 @@ from torch import nn
 
 from blocks.carve import Anatomy, Skip, handed_on
 from blocks.errors import BlocksError, StepError
+from blocks.hf.models import layer_kinds, sharing_modes
 
 Sides = dict[str, torch.Tensor]
 
@@ -153,9 +154,8 @@ def _indexers(layer: nn.Module) -> list[Any]:
 
 def _shared(parts: Anatomy, model: Any) -> dict[int, tuple[str, frozenset[int]]]:
     """Which block's keys and values later blocks reuse, under which key of the shared dict."""
-    config = model.config.get_text_config(decoder=True)
-    modes = getattr(config, "kv_sharing_modes", ())
-    keys = getattr(config, "layer_types", None) or [""] * len(modes)
+    modes = sharing_modes(model.config)
+    keys = layer_kinds(model.config) or [""] * len(modes)
     reused: dict[int, set[int]] = {}
     for number, mode in enumerate(modes):
         if mode == "reuse":

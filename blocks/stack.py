@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from transformers import PreTrainedModel
 
 from blocks.apart import attends_apart
 from blocks.attention import Rows
@@ -19,6 +18,7 @@ from blocks.cache import StackCache
 from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
+from blocks.hf.models import PreTrainedModel
 from blocks.join import why_not_joined
 from blocks.joint import Row, run_rows
 from blocks.masks import checked_mask, positions

@@ -21,6 +21,7 @@ from blocks.cache import StackCache
 from blocks.decoding import Decoder
 from blocks.forward import Carved
 from blocks.growing import kind_of
+from blocks.hf.models import layer_kinds
 from blocks.joint import Row, run_rows
 from blocks.paged import may_be_paged
 from blocks.pool import Pools
@@ -124,8 +125,7 @@ def _cache(carved: Carved, part: Tried, pools: Pools | None = None) -> StackCach
 def _difference(decoder: Decoder, stack: Tried) -> str | None:
     """What is wrong with steps by this decoder, None if they are as they should be."""
     carved, seen = decoder.carved, set()
-    config = carved.model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
+    types = layer_kinds(carved.model.config)
     layers = _cache(carved, stack).layers
     for number in range(stack.start, stack.stop):
         part = stack.part(number, number + 1)

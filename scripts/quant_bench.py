@@ -34,9 +34,9 @@ from typing import Any
 
 import torch
 
-from blocks.carve import causal_class
 from blocks.checkpoint import Checkpoint, open_checkpoint
 from blocks.formats import is_nf4_fast
+from blocks.hf.models import causal_class
 from blocks.load import has_nan, load_stack
 from blocks.packed import PackedLinear
 from blocks.quantize import Quant, held_parts

@@ -11,7 +11,9 @@ from typing import Any, Self
 from rich.console import Console as Terminal
 from rich.progress import Progress, TaskID
 
-from swarm.errors import EXIT_INTERRUPTED, SwarmError
+from blocks.errors import Unsupported
+from blocks.hf import release
+from swarm.errors import EXIT_INTERRUPTED, BadInput, SwarmError
 
 
 class Console:
@@ -89,6 +91,7 @@ def readable_errors(*, is_json: bool) -> Iterator[None]:
         if isinstance(error, BrokenPipeError):
             _silence()
             sys.exit(EXIT_INTERRUPTED)
+        error = _of_another_release(error) or error
         if not isinstance(error, SwarmError):
             text = " ".join(f"{type(error).__name__}: {error}".split())
             error = SwarmError(
@@ -105,6 +108,13 @@ def _foremost(error: BaseException) -> BaseException:
         return error
     leaves = [_foremost(inner) for inner in error.exceptions]
     return min(leaves, key=lambda leaf: isinstance(leaf, SwarmError))
+
+
+def _of_another_release(error: BaseException) -> SwarmError | None:
+    """Ours for an error that says that transformers is not as known, or lacks what is imported."""
+    if isinstance(error, ImportError):
+        error = release.moved(error) or error
+    return BadInput(str(error)) if isinstance(error, Unsupported) else None
 
 
 def _tell(error: SwarmError, *, is_json: bool) -> None:

@@ -16,6 +16,7 @@ from blocks.checkpoint import fingerprint as checkpoint_digest
 from blocks.digest import block_digests
 from blocks.errors import BlocksError
 from blocks.forecast import cache_bytes_per_block_token, sketch
+from blocks.hf import release
 from blocks.load import Dtype, load_stack, resolve_dtype
 from blocks.measure import plan_bytes
 from blocks.needed import needed_shards
@@ -68,6 +69,7 @@ def describe(folder: Path, hub: HubModel | None = None) -> Description:
     Of a model of the hub the weights need not be here.
     """
     try:
+        release.check()
         checkpoint = open_checkpoint(folder, hub.heads if hub else None)
         card = json.dumps(model_card(checkpoint), sort_keys=True).encode()
         digest = checkpoint_digest(checkpoint)

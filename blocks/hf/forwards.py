@@ -10,10 +10,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, get_origin
 
+from blocks.carve import Skip, anatomy
 from blocks.errors import BlocksError
+from blocks.hf.models import PreTrainedModel, tiny_model
+from blocks.hf.release import Fact, check_facts, unsupported, version
 
 # The newest first: a decorator may take an old name beside the one that the signature shows.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+# What a step gives a family's forward. Some families take no position_ids or mask: the trial of a
+# type sees whether they need none, and `signature_text` whether a release has renamed one.
+_STANDARD = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -32,7 +39,7 @@ def cache_argument(inner: Any) -> str:
         if name in parameters and not _is_mapping(parameters[name].annotation):
             return name
     raise BlocksError(
-        f"{type(inner).__name__} of the installed transformers takes no cache by a name known "
+        f"{type(inner).__name__} of transformers {version()} takes no cache by a name known "
         f"here ({', '.join(CACHE_NAMES)}), but {', '.join(parameters)}"
     )
 
@@ -41,3 +48,54 @@ def _is_mapping(annotation: Any) -> bool:
     """xlm has a `cache` of its own, a dict of tensors."""
     kinds = [annotation, *getattr(annotation, "__args__", ())]
     return any("dict[" in str(kind) or get_origin(kind) is dict for kind in kinds)
+
+
+def takes_of(model: PreTrainedModel) -> str:
+    """What the forwards of a model take: itself, the module that runs its layers, and a layer.
+
+    Kept in the list of proven types: a release that renames an argument of one, or changes a plain
+    default, has another text.
+    """
+    parts = anatomy(model)
+    layer = next(one for one in parts.layers if not isinstance(one, Skip))
+    return "; ".join(_signature(kind) for kind in map(type, (model, parts.inner, layer)))
+
+
+def _signature(kind: type) -> str:
+    words = [kind.__name__]
+    for one in list(parameters_of(inspect.unwrap(kind.forward)).values())[1:]:  # type: ignore[attr-defined]
+        plain = one.default is None or isinstance(one.default, bool | int | float | str)
+        words.append(f"{one.name}={one.default!r}" if plain else one.name)
+    return " ".join(words)
+
+
+def check_takes(takes: str, known: str) -> None:
+    """Unsupported if forwards take something else than they are known to; "" is nothing known."""
+    for was, now in zip(known.split("; "), takes.split("; "), strict=False) if known else ():
+        before, after = was.split(), now.split()
+        if before != after:
+            gone = ", ".join(word for word in before if word not in after) or "another order"
+            new = ", ".join(word for word in after if word not in before) or "nothing"
+            raise unsupported(f"{after[0]}.forward takes {new} in the place of {gone}")
+
+
+def _llama_takes_all() -> bool:
+    model = tiny_model()
+    cache_argument(model.model)
+    taken = parameters_of(model.model.forward)
+    return all(name in taken for name in _STANDARD) and (
+        parameters_of(model.forward)["logits_to_keep"].default == 0
+    )
+
+
+FACTS = (
+    Fact(
+        f"the forward of llama takes {', '.join(_STANDARD)}, a cache and logits_to_keep=0",
+        _llama_takes_all,
+    ),
+)
+
+
+def check() -> None:
+    """Unsupported for the first thing that is not as known."""
+    check_facts(FACTS)

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from blocks.matrix import LIMIT_SECONDS, Request, examine_all, model_types
+from blocks.hf.release import model_types
+from blocks.matrix import LIMIT_SECONDS, Request, examine_all
 from blocks.report import CHECKS, EXACT, ROUNDING, Check, Family, counts
 from swarm.errors import BadInput
 

@@ -10,9 +10,10 @@ import torch
 from tiny_models import BLOCKS, TinyModel, assert_same, some_ids, whole_logits
 from torch.nn import functional
 
-from blocks.attention import Rows, configs_of
+from blocks.attention import Rows
 from blocks.cache import StackCache
 from blocks.errors import BlocksError
+from blocks.hf.attention import configs_of
 from blocks.load import Dtype, load_stack
 from blocks.packed import can_pack, pack
 from blocks.stack import Stack

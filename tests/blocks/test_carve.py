@@ -14,8 +14,9 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from blocks.carve import Skip, Void, carved_class, find_layers, layer_arity, text_config
+from blocks.carve import Skip, Void, carved_class, find_layers, layer_arity
 from blocks.errors import BlocksError, CheckpointError
+from blocks.hf.models import text_config
 
 Get = Callable[[str, bool], TinyModel]
 

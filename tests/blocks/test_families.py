@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blocks import families, proven, reference
 from blocks.checkpoint import Checkpoint, open_checkpoint
-from blocks.matrix import Request, examine_all, examine_here, model_types
+from blocks.hf.release import model_types
+from blocks.matrix import Request, examine_all, examine_here
 from blocks.proven import Verdict, verdict_of
-from blocks.report import CHECKS, EXACT, ROUNDING, SERVING, Check, Family, counts, outcome_of
+from blocks.report import CHECKS, EXACT, ROUNDING, SERVING, Check, Family, Takes, counts, outcome_of
 from blocks.shrink import BLOCKS, kept_layers, shrunk, tiny_config
 from blocks.stack import Stack
 
@@ -58,9 +59,11 @@ LISTED = {
 
 def trial(model_type: str) -> Family:
     """The trial of a family, in this process."""
-    checks: list[Check] = []
-    examine_here(Request(model_type), checks.append)
-    return Family(model_type, tuple(checks))
+    told: list[Check | Takes] = []
+    examine_here(Request(model_type), told.append)
+    takes = next((one.text for one in told if isinstance(one, Takes)), "")
+    checks = tuple(one for one in told if isinstance(one, Check))
+    return Family(model_type, checks, takes=takes)
 
 
 # Making configs tiny

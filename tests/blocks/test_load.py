@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-import pickle  # noqa: TID251  # what must never be read has to be written first
+import pickle  # what must never be read has to be written first
 import re
 import subprocess
 import sys

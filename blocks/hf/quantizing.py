@@ -1,5 +1,10 @@
 """Quantizes a span while transformers loads it, one tensor at a time.
 
+| fact | releases |
+| --- | --- |
+| a quantizer is asked by hooks which parameters it takes, and for what does it | from 5.21 |
+| a converter is copied with `copy`; its patterns are private | from 5.21 |
+
 1. A tensor is quantized as soon as it is read and converted, and dropped: at no moment is more
    than one block's worth of it in memory unquantized. Of a mixture that is read expert by expert,
    it is one expert's worth where the dtype is the files'.
@@ -12,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
@@ -25,6 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from blocks.carve import find_layers
 from blocks.experts import Unstacked
 from blocks.formats import Kind, is_nf4_fast
+from blocks.hf.models import PreTrainedModel
+from blocks.hf.release import check_parameters, unsupported
 from blocks.quantize import Target, hold, shortfall, targets
 
 _METHOD = "swarm"
@@ -184,3 +190,24 @@ def layer_targets(
         for words in getattr(model, name, None) or ()
     )
     return targets(layers, kind, device=device, kept=kept, prefix=path)
+
+
+def check() -> None:
+    """Unsupported for the first thing that is not as known."""
+    hooks: dict[str, tuple[str, ...]] = {
+        "_process_model_before_weight_loading": ("model",),
+        "param_needs_quantization": ("model", "param_name"),
+        "update_weight_conversions": ("weight_conversions", "model"),
+        "get_quantize_ops": (),
+        "is_serializable": (),
+    }
+    for name, parameters in hooks.items():
+        hook = getattr(HfQuantizer, name, None)
+        if hook is None:
+            raise unsupported(f"a quantizer is not asked by {name}")
+        check_parameters(f"HfQuantizer.{name}", hook, dict.fromkeys(parameters, ...))
+    patterns = dict.fromkeys(("source_patterns", "target_patterns"), ...)
+    check_parameters("WeightConverter.copy", WeightConverter.copy, patterns)
+    one = WeightConverter("a", "b", operations=[MergeModulelist(dim=0)])
+    if not all(hasattr(one, name) for name in ("_original_source_patterns", "operations")):
+        raise unsupported("a converter does not tell its patterns")
