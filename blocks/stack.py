@@ -283,6 +283,8 @@ class Stack:
             return f"blocks {self.start}:{self.stop} keep a state of their own between steps"
         if self._carved.counts_positions(self._span):
             return "this family counts positions itself, the same for all rows of a batch"
+        if self._carved.widens_masks:
+            return "this family widens masks by positions of its own, so none can be padded"
         plan = self._carved.sides
         if "carried" in (*plan.needed(self.start), *plan.needed(self.stop)):
             # often a choice of positions, and these are other ones in a padded batch

@@ -46,6 +46,10 @@ REPRESENTATIVE = (
     "qwen3_next",  # recurrent layers among full ones
     "blenderbot",  # a loop that takes tuples and bare tensors
     "modernbert-decoder",  # an embedding that is told of ids that are not there
+    "electra",  # an encoder as a decoder, narrower before its layers
+    "rembert",  # one that makes masks in the dtype of what was embedded
+    "roberta",  # one whose own positions begin elsewhere than those of `generate`
+    "roformer",  # one whose layers are handed a table of positions
 )
 
 LISTED = {
