@@ -24,7 +24,7 @@ from blocks.attention import Rows, base_of, configs_of
 from blocks.carve import Skip, anatomy
 from blocks.checkpoint import context_length
 from blocks.errors import BlocksError
-from blocks.hf.forwards import cache_argument, parameters_of
+from blocks.hf.forwards import cache_argument, forgets_state, parameters_of
 from blocks.sides import Exchange, Sides, plan_sides
 
 
@@ -200,12 +200,19 @@ class Carved:
         Before block 0 or, as its source says, in these layers or in what runs them with what was
         embedded already.
         """
-        kinds = {type(part) for number in span for part in self.parts.layers[number].modules()}
         return (
             (span.start == 0 and self._counts_before)
             or self._counts_around
-            or any(_counts_positions(kind) for kind in kinds)
+            or any(_counts_positions(kind) for kind in self._kinds(span))
         )
+
+    def forgets_state(self, span: range) -> bool:
+        """Would several positions after a past be computed as if there was none?"""
+        return any(forgets_state(_source_of(kind.forward)) for kind in self._kinds(span))
+
+    def _kinds(self, span: range) -> set[Any]:
+        """The classes of which these layers are made."""
+        return {type(part) for number in span for part in self.parts.layers[number].modules()}
 
     @property
     def widens_masks(self) -> bool:
@@ -279,9 +286,9 @@ def _only(arguments: dict[str, Any], names: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def _counts_positions(kind: type) -> bool:
+def _counts_positions(kind: Any) -> bool:
     """Does the forward of this part of a layer make positions of the cache's length?"""
-    source = _source_of(kind.forward)  # type: ignore[attr-defined]
+    source = _source_of(kind.forward)
     return "get_seq_length" in source and "arange" in source
 
 

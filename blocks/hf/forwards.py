@@ -1,7 +1,8 @@
-"""What a family's forward calls its arguments.
+"""What a family's forward calls its arguments, and what it does with them.
 
 | fact | releases |
 | --- | --- |
+| scans of several positions begin anew in mamba, falcon_mamba, jamba and zamba | until 5.24 |
 | the cache is `past_key_values`, in a few recurrent families `cache_params` | until 5.23 |
 | it is `cache`; a decorator renames the old names until 5.40 | from 5.24 |
 """
@@ -34,6 +35,15 @@ def cache_argument(inner: Any) -> str:
     raise BlocksError(
         f"{type(inner).__name__} of the installed transformers takes no cache by a name known "
         f"here ({', '.join(CACHE_NAMES)}), but {', '.join(parameters)}"
+    )
+
+
+def forgets_state(source: str) -> bool:
+    """Does a layer's part, by the source of its forward, use its recurrent state for one position
+    only? A later chunk of a prompt is then computed as if nothing went before.
+    """
+    return (
+        "recurrent_state is not None and seq_len == 1" in source and "initial_state" not in source
     )
 
 
