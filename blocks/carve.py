@@ -16,14 +16,15 @@ all come from transformers. Layers held elsewhere are stubs that pass their inpu
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from blocks.errors import BlocksError
+from blocks.errors import BlocksError, CheckpointError
+from blocks.hf.forwards import parameters_of
 from blocks.hf.models import PretrainedConfig, PreTrainedModel, causal_class, decoder_config
 
 
@@ -65,8 +66,11 @@ class Void(nn.Module):  # type: ignore[misc]  # torch is not followed
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros in the dtype of what it stands for, or the first argument."""
-        # a learned position's first argument may be the mask of the whole past
-        value = kwargs.get("position_ids")
+        # what embeds may be given embeddings; a learned position's first argument may be the mask
+        # of the whole past
+        value = kwargs.get("inputs_embeds")
+        if value is None:
+            value = kwargs.get("position_ids")
         if value is None:
             given = (one for one in (*args, *kwargs.values()) if one is not None)
             value = next(given)  # some are told of ids that are not there
@@ -84,7 +88,8 @@ class Anatomy:
     """Where the parts of a carved model are. `arity` is the form of a layer's output (see Skip)."""
 
     path: str  # of the layer list in the model, as "model.layers"
-    inner: nn.Module  # the module that owns the list and runs it
+    owner: nn.Module  # the module that owns the list and runs it
+    inner: nn.Module  # what is called with ids: the owner, or the nearest one around it
     layers: nn.ModuleList
     arity: int
 
@@ -108,9 +113,28 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a model, carved or not."""
     path, layers = find_layers(model)
-    owner, _, name = path.rpartition(".")
-    inner = model.get_submodule(owner)
-    return Anatomy(path, inner, layers, layer_arity(type(inner), name))
+    *around, name = path.split(".")
+    owner = _at(model, around)
+    inner = next(
+        (
+            module
+            for depth in range(len(around), -1, -1)
+            if "input_ids" in parameters_of((module := _at(model, around[:depth])).forward)
+        ),
+        owner,
+    )
+    return Anatomy(path, owner, inner, layers, layer_arity(type(owner), name))
+
+
+def forwards_of(model: PreTrainedModel) -> tuple[type, ...]:
+    """The classes whose forwards a step calls: the model, what is called with ids, a layer."""
+    parts = anatomy(model)
+    layer = next(one for one in parts.layers if not isinstance(one, Skip))
+    return type(model), type(parts.inner), type(layer)
+
+
+def _at(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
+    return model.get_submodule(".".join(names))
 
 
 def layer_arity(inner: type[nn.Module], name: str) -> int:
@@ -210,8 +234,12 @@ def _mentions(node: ast.AST, names: set[str]) -> bool:
 
 
 def carve(model: PreTrainedModel, start: int, stop: int) -> None:
-    """Replace in place what the stack `start:stop` does not hold; before weights are loaded."""
+    """Replace in place what the stack `start:stop` does not hold; before weights are loaded.
+
+    CheckpointError for an encoder, which reads texts to their end before it says anything of them.
+    """
     parts = anatomy(model)
+    _check_decodes(model, parts)
     lent = _lent_modules(model, parts, range(start, stop))
     for number in range(len(parts.layers)):
         if not start <= number < stop:
@@ -231,6 +259,18 @@ def carve(model: PreTrainedModel, start: int, stop: int) -> None:
         for name, source in model.all_tied_weights_keys.items()
         if name in names and source in names
     }
+
+
+def _check_decodes(model: PreTrainedModel, parts: Anatomy) -> None:
+    decoder = decoder_config(model.config)
+    if getattr(decoder, "is_decoder", None) is not False:
+        return
+    if "is_decoder" in ast.unparse(_source(type(parts.inner))):
+        raise CheckpointError(
+            f"config.json says is_decoder false, so this {decoder.model_type} is an encoder, where "
+            "what follows changes what went before; set it to true if the weights were trained as "
+            "a decoder's, or choose another model"
+        )
 
 
 def _lent_modules(model: PreTrainedModel, parts: Anatomy, span: range) -> dict[int, set[str]]:
@@ -259,12 +299,15 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def _empty_ends(model: PreTrainedModel, path: str) -> None:
-    """Void everything with weights beside the way from the model down to its layers."""
+    """Void all that has learned weights beside the way from the model down to its layers.
+
+    Frozen ones are tables of positions, made by a formula: some layers are handed these.
+    """
     names = path.split(".")
     for depth, kept in enumerate(names):
         parent = model.get_submodule(".".join(names[:depth]))
         for name, child in list(parent.named_children()):
-            if name != kept and next(child.parameters(), None) is not None:
+            if name != kept and any(weight.requires_grad for weight in child.parameters()):
                 setattr(parent, name, _emptied(child))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from blocks.cache import StackCache
+from blocks.carve import forwards_of
 from blocks.checkpoint import open_checkpoint
 from blocks.errors import BlocksError, StepError
 from blocks.hf.forwards import takes_of
@@ -101,7 +102,7 @@ class _Trial:
         try:
             checkpoint = open_checkpoint(folder)
             blocks = checkpoint.blocks
-            self.takes = Takes(takes_of(empty_model(checkpoint, 0, blocks)))
+            self.takes = Takes(takes_of(forwards_of(empty_model(checkpoint, 0, blocks))))
             cut = (range(blocks // 3), range(blocks // 3, blocks - 1), range(blocks - 1, blocks))
             self.stacks = [load_stack(checkpoint, span.start, span.stop) for span in cut]
         except Exception as error:
@@ -128,8 +129,14 @@ class _Trial:
         return self._session(some_ids(sum(_CHUNKED), seed=1), _CHUNKED)
 
     def _session(self, ids: torch.Tensor, chunks: Sequence[int]) -> tuple[float, str]:
-        """Against the whole model's own cached run, if that is worth anything."""
-        theirs, truth = self.whole.session(ids, chunks), self.whole.run(ids)
+        """Against the whole model's own cached run, if that is worth anything.
+
+        Where transformers forgets the past of all but single positions, against its run of these.
+        """
+        own_chunks = chunks
+        if any(stack.forgets_state for stack in self.stacks):
+            own_chunks = (chunks[0], *[1] * sum(chunks[1:]))
+        theirs, truth = self.whole.session(ids, own_chunks), self.whole.run(ids)
         _must_matter(self.whole.run(ids[:, -1:]), theirs[:, -1:], "the past changes nothing")
         own = float((truth - theirs).abs().max() / truth.abs().max().clamp(min=1))
         if own > _MOST_OWN_DIFFERENCE:

@@ -24,7 +24,7 @@ from blocks.checkpoint import context_length
 from blocks.errors import BlocksError
 from blocks.hf.attention import base_of, configs_of
 from blocks.hf.caches import DynamicCache
-from blocks.hf.forwards import cache_argument, parameters_of
+from blocks.hf.forwards import cache_argument, forgets_state, parameters_of
 from blocks.hf.models import PretrainedConfig, PreTrainedModel, decoder_config
 from blocks.sides import Exchange, Sides, plan_sides
 
@@ -61,8 +61,11 @@ class Carved:
         # learned positions that nobody tells: the family counts them from the cache's length
         self._counts_before = "position_ids" not in inner and any(
             isinstance(module, nn.Embedding) and module is not embedding
-            for name, module in self.parts.inner.named_modules()
-            if not name.startswith(f"{self.parts.path.rpartition('.')[2]}.")
+            for module in self._around_layers()
+        )
+        owner = self.parts.owner
+        self._counts_around = owner is not self.parts.inner and "get_seq_length" in _source_of(
+            type(owner).forward
         )
         open_ended = any(one.kind is one.VAR_KEYWORD for one in whole.values())
         self.whole_takes = whole.keys() | (inner.keys() if open_ended else set())
@@ -80,6 +83,11 @@ class Carved:
         self._configs = configs_of(model)
         self._attention = base_of(self._configs)
         self.tried: dict[tuple[object, ...], bool] = {}  # kind of block -> attends by rows
+
+    def _around_layers(self) -> Iterator[nn.Module]:
+        """The modules that are run with ids and are no part of a layer."""
+        within = set(self.parts.layers.modules())
+        return (module for module in self.parts.inner.modules() if module not in within)
 
     @property
     def attends(self) -> tuple[str, Sequence[Any]]:
@@ -190,13 +198,27 @@ class Carved:
     def counts_positions(self, span: range) -> bool:
         """Does the family count positions by the cache's length, the same for rows of a batch?
 
-        Before block 0 or, as its source says, in these layers.
+        Before block 0 or, as its source says, in these layers or in what runs them with what was
+        embedded already.
         """
-        kinds = {type(part) for number in span for part in self.parts.layers[number].modules()}
-        return (span.start == 0 and self._counts_before) or any(
-            _counts_positions(kind)  # type: ignore[arg-type]  # a class is hashable
-            for kind in kinds
+        return (
+            (span.start == 0 and self._counts_before)
+            or self._counts_around
+            or any(_counts_positions(kind) for kind in self._kinds(span))
         )
+
+    def forgets_state(self, span: range) -> bool:
+        """Would several positions after a past be computed as if there was none?"""
+        return any(forgets_state(_source_of(kind.forward)) for kind in self._kinds(span))
+
+    def _kinds(self, span: range) -> set[Any]:
+        """The classes of which these layers are made."""
+        return {type(part) for number in span for part in self.parts.layers[number].modules()}
+
+    @property
+    def widens_masks(self) -> bool:
+        """Does the family put columns of its own before a mask, for positions that nobody sent?"""
+        return "attention_mask = torch.cat(" in _source_of(type(self.parts.inner).forward)
 
     def keeps_state(self, span: range) -> bool:
         """Has a step left something in these layers themselves, where sessions would mix?"""
@@ -250,7 +272,7 @@ class Carved:
         def capture(layer: Any, args: Any, output: Any) -> None:
             if isinstance(output, tuple) != bool(self.parts.arity):
                 raise BlocksError(
-                    f"layers of {type(self.parts.inner).__name__} return another form than its "
+                    f"layers of {type(self.parts.owner).__name__} return another form than its "
                     "loop reads; this family cannot be cut"
                 )
             hidden = output[0] if isinstance(output, tuple) else output
@@ -265,14 +287,19 @@ def _only(arguments: dict[str, Any], names: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-@functools.cache
-def _counts_positions(kind: type) -> bool:
+def _counts_positions(kind: Any) -> bool:
     """Does the forward of this part of a layer make positions of the cache's length?"""
-    try:
-        source = inspect.getsource(inspect.unwrap(kind.forward))  # type: ignore[attr-defined]
-    except (OSError, TypeError):
-        return False  # not written in Python: it sees tensors only
+    source = _source_of(kind.forward)
     return "get_seq_length" in source and "arange" in source
+
+
+@functools.cache
+def _source_of(forward: Any) -> str:
+    """The source of a module's forward, "" where it is not written in Python and sees tensors."""
+    try:
+        return inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return ""
 
 
 def _left_by_inference(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:

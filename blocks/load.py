@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blocks.carve import carved_class
+from blocks.carve import carved_class, forwards_of
 from blocks.checkpoint import Checkpoint, open_shard
 from blocks.errors import BlocksError, CheckpointError
 from blocks.formats import Kind, is_nf4_fast
@@ -155,7 +155,7 @@ def load_stack(
         copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
         model = span.load_quantized(quant, copies)
     stack = Stack.of(model.requires_grad_(False).to(device), start, stop)
-    check_takes(takes_of(model), known_takes(str(checkpoint.config.model_type)))
+    check_takes(takes_of(forwards_of(model)), known_takes(str(checkpoint.config.model_type)))
     if packs:
         pack(model, looks_up=start == 0)
     return stack

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from blocks.carve import find_layers
+from blocks.carve import anatomy, find_layers
 from blocks.errors import BlocksError
 from blocks.hf.caches import whole_cache
 from blocks.hf.forwards import cache_argument, parameters_of
@@ -58,8 +58,7 @@ class Whole:
         self.model = model
         named = parameters_of(model.forward)
         self.takes = set(named)
-        path, _ = find_layers(model)
-        self.inner = model.get_submodule(path.rpartition(".")[0])
+        self.inner = anatomy(model).inner
         if any(one.kind is one.VAR_KEYWORD for one in named.values()):
             self.takes |= parameters_of(self.inner.forward).keys()
 
@@ -70,12 +69,16 @@ class Whole:
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """float32 logits [B, S, vocabulary] of ids [B, S] that follow the cache's past."""
-        arguments: dict[str, Any] = {"use_cache": cache is not None}
+        """float32 logits [B, S, vocabulary] of ids [B, S] that follow the cache's past.
+
+        Positions are counted from 0 unless told, as `generate` does: some families by themselves
+        begin elsewhere.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1]).expand(ids.shape)
+        arguments: dict[str, Any] = {"use_cache": cache is not None, "position_ids": positions}
         if cache is not None:
             arguments[cache_argument(self.inner)] = cache
-        if positions is not None:
-            arguments["position_ids"] = positions
         if mask is not None:
             arguments["attention_mask"] = mask
         known = {name: value for name, value in arguments.items() if name in self.takes}

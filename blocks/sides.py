@@ -110,7 +110,7 @@ def plan_sides(parts: Anatomy, model: Any, device: torch.device) -> SidePlan:
     blocks = len(layers)
     taken = {name for layer in layers for name in argument_names(layer)}
     arguments = {side: name for name, side in _BY_ARGUMENT.items() if name in taken}
-    carried = handed_on(type(parts.inner), parts.path.rpartition(".")[2])
+    carried = handed_on(type(parts.owner), parts.path.rpartition(".")[2])
     if isinstance(carried, int):
         carried = argument_names(layers[0])[carried]
     shared = _shared(parts, model) if _SHARED_ARGUMENT in taken else {}

@@ -7,6 +7,7 @@
 3. A stack and its parts run one at a time, in any thread: they share layers and hooks.
 """
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -133,6 +134,12 @@ class Stack:
         wanted = tokens if logits_for == 0 else logits_for
         if tokens == 1 and mask is None and cache is not None and self._reads_pages(cache):
             return self._paged_step(inputs, cache, wanted is not None)
+        if tokens > 1 and cache is not None and cache.length and self.forgets_state:
+            output = self._one_by_one(inputs, cache, mask, wanted, beside)
+            if sides is not None:
+                sides.clear()
+                sides.update(beside)
+            return output
         if cache is not None:
             cache.make_ready(tokens)
             cache.begin(rows)
@@ -212,6 +219,33 @@ class Stack:
         values = one if self._reads_pages(cache) else self._placed(one)  # a board places all
         return Row(cache, values, checked, wants_logits)
 
+    def _one_by_one(
+        self,
+        inputs: torch.Tensor,
+        cache: StackCache,
+        mask: torch.Tensor | None,
+        wanted: int | None,
+        sides: Sides,
+    ) -> torch.Tensor:
+        """Several positions after a past, for layers that would forget it; all was checked."""
+        parts, passed = [], []
+        for place in range(inputs.shape[1]):
+            start = cache.length
+            beside = {name: side[:, place : place + 1] for name, side in sides.items()}
+            output = self.run(
+                inputs[:, place : place + 1],
+                cache=cache,
+                start=start,
+                mask=None if mask is None else mask[:, : start + 1],
+                logits_for=None if wanted is None else 1,
+                sides=beside,
+            )
+            parts.append(output)
+            passed.append(beside)
+        sides.clear()
+        sides.update({name: torch.cat([one[name] for one in passed], 1) for name in passed[0]})
+        return torch.cat(parts if wanted is None else parts[-wanted:], dim=1)
+
     def _paged_step(
         self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool
     ) -> torch.Tensor:
@@ -255,6 +289,11 @@ class Stack:
             part._unowned = part.new_cache()
         return part._unowned
 
+    @functools.cached_property
+    def forgets_state(self) -> bool:
+        """Are positions after a past run one by one, as these layers would else forget it?"""
+        return self._carved.forgets_state(self._span)
+
     @property
     def keeps_state(self) -> bool:
         """True if a step has left something in these blocks that is no part of a cache."""
@@ -283,6 +322,8 @@ class Stack:
             return f"blocks {self.start}:{self.stop} keep a state of their own between steps"
         if self._carved.counts_positions(self._span):
             return "this family counts positions itself, the same for all rows of a batch"
+        if self._carved.widens_masks:
+            return "this family widens masks by positions of its own, so none can be padded"
         plan = self._carved.sides
         if "carried" in (*plan.needed(self.start), *plan.needed(self.stop)):
             # often a choice of positions, and these are other ones in a padded batch

@@ -1,25 +1,25 @@
-"""What a family's forward calls its arguments.
+"""What a family's forward calls its arguments, and what it does with them.
 
 | fact | releases |
 | --- | --- |
+| scans of several positions begin anew in mamba, falcon_mamba, jamba and zamba | until 5.24 |
 | the cache is `past_key_values`, in a few recurrent families `cache_params` | until 5.23 |
 | it is `cache`; a decorator renames the old names until 5.40 | from 5.24 |
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_origin
 
-from blocks.carve import Skip, anatomy
 from blocks.errors import BlocksError
-from blocks.hf.models import PreTrainedModel, tiny_model
+from blocks.hf.models import tiny_model
 from blocks.hf.release import Fact, check_facts, unsupported, version
 
 # The newest first: a decorator may take an old name beside the one that the signature shows.
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 # What a step gives a family's forward. Some families take no position_ids or mask: the trial of a
-# type sees whether they need none, and `signature_text` whether a release has renamed one.
+# type sees whether they need none, and `takes_of` whether a release has renamed one.
 _STANDARD = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "use_cache")
 
 
@@ -44,26 +44,32 @@ def cache_argument(inner: Any) -> str:
     )
 
 
+def forgets_state(source: str) -> bool:
+    """Does a layer's part, by the source of its forward, use its recurrent state for one position
+    only? A later chunk of a prompt is then computed as if nothing went before.
+    """
+    return (
+        "recurrent_state is not None and seq_len == 1" in source and "initial_state" not in source
+    )
+
+
 def _is_mapping(annotation: Any) -> bool:
     """xlm has a `cache` of its own, a dict of tensors."""
     kinds = [annotation, *getattr(annotation, "__args__", ())]
     return any("dict[" in str(kind) or get_origin(kind) is dict for kind in kinds)
 
 
-def takes_of(model: PreTrainedModel) -> str:
-    """What the forwards of a model take: itself, the module that runs its layers, and a layer.
+def takes_of(kinds: Iterable[type]) -> str:
+    """What the forwards of these classes take, as the list of proven types keeps it.
 
-    Kept in the list of proven types: a release that renames an argument of one, or changes a plain
-    default, has another text.
+    A release that renames an argument of one, or changes a plain default, has another text.
     """
-    parts = anatomy(model)
-    layer = next(one for one in parts.layers if not isinstance(one, Skip))
-    return "; ".join(_signature(kind) for kind in map(type, (model, parts.inner, layer)))
+    return "; ".join(map(_signature, kinds))
 
 
 def _signature(kind: type) -> str:
     words = [kind.__name__]
-    for one in list(parameters_of(inspect.unwrap(kind.forward)).values())[1:]:  # type: ignore[attr-defined]
+    for one in list(parameters_of(kind.forward).values())[1:]:  # type: ignore[attr-defined]
         plain = one.default is None or isinstance(one.default, bool | int | float | str)
         words.append(f"{one.name}={one.default!r}" if plain else one.name)
     return " ".join(words)

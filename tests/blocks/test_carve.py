@@ -14,9 +14,17 @@ from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from blocks.carve import Skip, Void, carved_class, find_layers, layer_arity
+from blocks.carve import (
+    Skip,
+    Void,
+    anatomy,
+    carved_class,
+    find_layers,
+    layer_arity,
+)
 from blocks.errors import BlocksError, CheckpointError
-from blocks.hf.models import text_config
+from blocks.hf.models import causal_class, text_config
+from blocks.shrink import tiny_config
 
 Get = Callable[[str, bool], TinyModel]
 
@@ -114,6 +122,7 @@ def test_a_void_gives_zeros_of_the_width_that_a_matrix_would_give_or_else_its_in
     torch.testing.assert_close(Void(nn.Linear(3, 5))(hidden), torch.zeros(2, 5))
     assert Void(nn.LayerNorm(3))(hidden) is hidden
     assert Void(nn.LayerNorm(3))(input_ids=None, inputs_embeds=hidden) is hidden
+    assert Void(nn.LayerNorm(3))(inputs_embeds=hidden, position_ids=ids) is hidden
     mask_of_past = torch.ones(2, 8, dtype=torch.long)
     assert Void(table)(mask_of_past, 5, position_ids=ids).shape == (2, 3, 4)
 
@@ -168,6 +177,40 @@ def test_a_carved_class_keeps_the_name_by_which_weights_are_converted() -> None:
 def test_a_family_that_is_no_causal_language_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no causal language model of type vit"):
         carved_class(AutoConfig.for_model("vit"), 0, 1)
+
+
+def test_an_encoder_is_refused_unless_its_config_says_that_it_decodes() -> None:
+    config = tiny_config("roberta")
+    with torch.device("meta"):
+        carved_class(config, 1, 2)(config)
+        config.is_decoder = False
+        with pytest.raises(CheckpointError, match=r"is_decoder false.*set it to true"):
+            carved_class(config, 1, 2)(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "owner", "inner"),
+    [
+        ("llama", "LlamaModel", "LlamaModel"),
+        ("bart", "BartDecoder", "BartDecoder"),
+        ("bert", "BertEncoder", "BertModel"),
+    ],
+)
+def test_ids_go_to_the_nearest_module_around_the_layers_that_takes_them(
+    family: str, owner: str, inner: str
+) -> None:
+    config = tiny_config(family)
+    with torch.device("meta"):
+        parts = anatomy(causal_class(config)(config))
+    assert (type(parts.owner).__name__, type(parts.inner).__name__) == (owner, inner)
+
+
+def test_tables_of_positions_that_no_training_made_stay_with_the_layers_that_take_them() -> None:
+    config = tiny_config("roformer")
+    with torch.device("meta"):
+        names = [name for name, _ in carved_class(config, 2, 3)(config).named_parameters()]
+    assert "roformer.encoder.embed_positions.weight" in names
+    assert not any("embeddings" in name for name in names)
 
 
 def test_a_model_without_a_list_of_its_layers_is_refused() -> None:

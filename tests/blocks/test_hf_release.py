@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel, cache_ut
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 
+from blocks.carve import forwards_of
 from blocks.errors import Unsupported
 from blocks.hf import attention, models, release
 from blocks.hf.forwards import check_takes, takes_of
@@ -215,7 +216,7 @@ def test_a_proven_type_whose_forward_takes_something_else_is_refused_by_name(
     was: str, now: str, sentence: str, tiny_model: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny_model("qwen2", False).checkpoint
-    known = takes_of(empty_model(checkpoint, 0, checkpoint.blocks))
+    known = takes_of(forwards_of(empty_model(checkpoint, 0, checkpoint.blocks)))
     monkeypatch.setattr("blocks.load.known_takes", lambda model_type: known)
     load_stack(checkpoint, 0, 2)
     inner = sys.modules["transformers.models.qwen2.modeling_qwen2"].Qwen2Model
@@ -228,7 +229,7 @@ def test_what_forwards_take_is_told_with_plain_defaults_and_nothing_known_is_no_
     None
 ):
     with torch.device("meta"):
-        text = takes_of(models.tiny_model())
+        text = takes_of(forwards_of(models.tiny_model()))
     whole, inner, layer = text.split("; ")
     assert whole.startswith("LlamaForCausalLM input_ids=None attention_mask=None position_ids=None")
     assert " logits_to_keep=0 " in whole

@@ -132,6 +132,17 @@ def test_a_family_that_counts_positions_itself_joins_only_behind_its_embedding(
         assert_same(row, rest.run(states, logits_for=1))
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("roformer", "counts positions itself"), ("git", "widens masks by positions of its own")],
+)
+def test_what_runs_the_layers_may_forbid_joining_wherever_they_are(
+    tiny_model: Get, family: str, reason: str
+) -> None:
+    stack = load_stack(tiny_model(family, True).checkpoint, 2, 3)
+    assert reason in (stack.why_not_joined or "")
+
+
 def test_layers_that_count_positions_by_the_caches_length_are_refused(tiny_model: Get) -> None:
     stack = load_stack(tiny_model("llama4_text", True).checkpoint, 2, BLOCKS)
     (caches,) = sessions([stack], [stack.sample(length)[0] for length in (4, 3)])

@@ -71,6 +71,24 @@ def test_a_left_padded_batch_equals_the_whole_model(model: TinyModel) -> None:
     assert_same(ours[mask.bool()], theirs[mask.bool()])
 
 
+@pytest.mark.parametrize("family", ["falcon_mamba", "zamba"])
+def test_a_later_chunk_has_its_past_where_the_familys_own_code_forgets_it(
+    tiny_model: Get, family: str
+) -> None:
+    model = tiny_model(family, True)
+    stacks = load_cut(model.checkpoint, CUTS[0])
+    ids, chunks = some_ids(16), [6, 3, 4, 1, 1, 1]
+    caches = fresh_caches(stacks)
+    parts = [logits_of(stacks, chunk, caches) for chunk in ids.split(chunks, dim=1)]
+    assert_same(torch.cat(parts, dim=1), whole_logits(model, ids))
+
+    whole = load_stack(model.checkpoint, 0, BLOCKS)
+    cache = whole.new_cache()
+    whole.run(ids[:, :6], cache=cache)
+    last = whole.run(ids[:, 6:], cache=cache, start=6, logits_for=2)
+    assert_same(last, whole_logits(model, ids)[:, -2:])
+
+
 @pytest.mark.parametrize("family", [*PROVEN, "qwen3_next", "falcon_mamba"])
 def test_two_interleaved_sessions_do_not_mix(tiny_model: Get, family: str) -> None:
     model = tiny_model(family, False)
