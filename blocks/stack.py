@@ -19,6 +19,7 @@ from blocks.cache import StackCache
 from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
+from blocks.hf.rotary import LengthScaling
 from blocks.join import why_not_joined
 from blocks.joint import Row, run_rows
 from blocks.masks import checked_mask, positions
@@ -81,6 +82,16 @@ class Stack:
         pools = None if self._decoder is None else self._decoder.pools
         return StackCache(self._carved.model.config, self.start, self.stop, lent, pools)
 
+    @property
+    def length_scaling(self) -> LengthScaling | None:
+        """How positions are computed by the length of a text; None in most models."""
+        return self._carved.rotary.scaling
+
+    def regime(self, sequence_length: int) -> int:
+        """What must be equal in steps that share a pass, by the length of their texts."""
+        scaling = self.length_scaling
+        return 0 if scaling is None else scaling.regime(min(sequence_length, self.context_length))
+
     def reserve(self, byte_count: int) -> None:
         """Take so much memory for the keys of sessions now, where they lie in pages.
 
@@ -113,6 +124,7 @@ class Stack:
         mask: torch.Tensor | None = None,
         logits_for: int | None = None,
         sides: Sides | None = None,
+        sequence_length: int | None = None,
     ) -> torch.Tensor:
         """Run positions `start` to `start + S` and return hidden states [B, S, ...] or logits.
 
@@ -123,16 +135,19 @@ class Stack:
         states are those after the last block of the stack, before any final norm. `sides` is what
         travels beside hidden states in families that need more (see `needs`, most need nothing): a
         stack takes from it what it needs, and leaves in it what later blocks need.
+        `sequence_length`: how many positions the one forward of the whole model has that this is a
+        part of (a chunk of a prompt: the prompt's); None: as many as these end at.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
         self._check(inputs, cache, start, logits_for)
+        regime = 0 if sequence_length is None else self.regime(sequence_length)
         rows, tokens = inputs.shape[:2]
         mask = checked_mask(mask, rows, start + tokens, self.device)
         beside = self._checked_sides(inputs, sides, start)
         wanted = tokens if logits_for == 0 else logits_for
         if tokens == 1 and mask is None and cache is not None and self._reads_pages(cache):
-            return self._paged_step(inputs, cache, wanted is not None)
+            return self._paged_step(inputs, cache, wanted is not None, regime)
         if cache is not None:
             cache.make_ready(tokens)
             cache.begin(rows)
@@ -147,6 +162,7 @@ class Stack:
                 cache=cache,
                 wanted=wanted,
                 sides=beside,
+                regime=regime,
             ).asked
         if cache is not None:
             cache.advance(tokens)
@@ -162,6 +178,7 @@ class Stack:
         *,
         wants_logits: Sequence[bool] = (),
         sides: Sequence[Sides] = (),
+        sequence_lengths: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Run the next position of several sessions as one batch, each through its cache's blocks.
 
@@ -169,8 +186,8 @@ class Stack:
         into the first block of its cache; each cache has a past and holds blocks of this stack.
         Returns in their order hidden states [1, 1, ...] after the last block of the cache, or, for
         each session that `wants_logits`, float32 logits [1, 1, vocabulary]. In float32 what each
-        would get alone, but for the rounding of larger products. `sides`, one for each session,
-        are as in `run`. One session alone runs as in `run`.
+        would get alone, but for the rounding of larger products. `sides` and `sequence_lengths`,
+        one for each session, are as in `run`. One session alone runs as in `run`.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent, and
         BlocksError where `why_not_joined` of a session's blocks says why. After any other error
@@ -178,17 +195,27 @@ class Stack:
         """
         wishes = wants_logits or [False] * len(inputs)
         beside = sides or [{} for _ in inputs]
+        lengths = sequence_lengths or [cache.length + 1 for cache in caches]
         parts = [self.part(cache.start, cache.stop) for cache in caches]
         if len(inputs) == 1:
             (one,), (cache,), (side,), (part,) = inputs, caches, beside, parts
             wanted = 1 if wishes[0] else None
-            return [part.run(one, cache=cache, start=cache.length, logits_for=wanted, sides=side)]
+            return [
+                part.run(
+                    one,
+                    cache=cache,
+                    start=cache.length,
+                    logits_for=wanted,
+                    sides=side,
+                    sequence_length=lengths[0],
+                )
+            ]
         if len({id(cache) for cache in caches}) < len(caches):
             raise StepError("a session can take one step at a time")
         rows = [
-            part._row(one, cache, wish, side)
-            for part, one, cache, wish, side in zip(
-                parts, inputs, caches, wishes, beside, strict=True
+            part._row(one, cache, wish, side, length)
+            for part, one, cache, wish, side, length in zip(
+                parts, inputs, caches, wishes, beside, lengths, strict=True
             )
         ]
         for part in parts:
@@ -201,7 +228,9 @@ class Stack:
             side.update(row.sides)
         return [row.values for row in rows]
 
-    def _row(self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides) -> Row:
+    def _row(
+        self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides, length: int
+    ) -> Row:
         """A session's next position, checked and placed."""
         self._check(one, cache, cache.length, 1 if wants_logits else None)
         if one.shape[:2] != (1, 1) or not cache.length:
@@ -210,13 +239,13 @@ class Stack:
             raise BlocksError("an earlier step failed half way, so this cache can only start anew")
         checked = self._checked_sides(one, sides, cache.length)
         values = one if self._reads_pages(cache) else self._placed(one)  # a board places all
-        return Row(cache, values, checked, wants_logits)
+        return Row(cache, values, checked, wants_logits, self.regime(length))
 
     def _paged_step(
-        self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool
+        self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool, regime: int
     ) -> torch.Tensor:
         """The next position of a session alone, by tables."""
-        row = Row(cache, inputs, {}, wants_logits)
+        row = Row(cache, inputs, {}, wants_logits, regime)
         with torch.inference_mode():
             run_rows(self._carved, [row], self._ghosts, decoder=self._decoder)
         return row.values
