@@ -11,7 +11,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "generation": {
             key: generation[key] for key in _GENERATION_DEFAULTS if generation and key in generation
         },
-        **({"length_scaling": asdict(scaling)} if scaling else {}),
+        **({"length_scaling": scaling.told()} if scaling else {}),
     }
 
 

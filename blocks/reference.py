@@ -76,7 +76,7 @@ class Whole:
     ) -> torch.Tensor:
         """float32 logits [B, S, vocabulary] of ids [B, S] that follow the cache's past.
 
-        `regime`: of the length of the text that they are a chunk of; nothing is left of other texts.
+        `regime`: of the length of the text that they are a chunk of. No other text is left behind.
         """
         arguments: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:

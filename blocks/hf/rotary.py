@@ -18,7 +18,7 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,10 @@ class LengthScaling:
         if self.grows_after is not None and length > self.grows_after:
             return length
         return max((switch + 1 for switch in self.switches if length > switch), default=0)
+
+    def told(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return {**asdict(self), "switches": list(self.switches)}
 
 
 class Rotary:
