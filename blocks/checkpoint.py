@@ -15,11 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError  # what configs check their fields with
 from safetensors import SafetensorError, safe_open
 
+from blocks.carve import anatomy
 from blocks.errors import CheckpointError
-from blocks.hf.models import AutoConfig, PretrainedConfig, decoder_config
+from blocks.hf.models import (
+    AutoConfig,
+    PretrainedConfig,
+    causal_class,
+    decoder_config,
+    text_config,
+)
+from blocks.hf.rotary import LengthScaling, Rotary, has_length_scaling, stretched
 
 SMALL_FILES = (
     "config.json",
@@ -183,7 +192,7 @@ def context_length(config: PretrainedConfig) -> int:
     for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return stretched(config, value)
     return _ASSUMED_CONTEXT
 
 
@@ -218,7 +227,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
 
     It is the same wherever the checkpoint lies: the name is that of its architecture.
     Ends of sequence are those at which transformers' `generate` stops: the generation config's if
-    the checkpoint has one, else the config's.
+    the checkpoint has one, else the config's. `length_scaling` is there if positions go by length.
     """
     path = checkpoint.folder / "generation_config.json"
     generation = _json_object(path) if path.is_file() else None
@@ -228,6 +237,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         for key in ("eos_token_id", "bos_token_id")
     }
     ends, begin = special["eos_token_id"], special["bos_token_id"]
+    scaling = length_scaling(checkpoint.config)
     return {
         "format": CARD_FORMAT,
         "name": str(next(iter(checkpoint.config.architectures or ()), checkpoint.model_type)),
@@ -241,7 +251,18 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "generation": {
             key: generation[key] for key in _GENERATION_DEFAULTS if generation and key in generation
         },
+        **({"length_scaling": scaling.told()} if scaling else {}),
     }
+
+
+def length_scaling(config: PretrainedConfig) -> LengthScaling | None:
+    """How the model's positions are computed by the length of a text; None in most models."""
+    if not has_length_scaling(config.get_text_config(decoder=True)):
+        return None
+    config = text_config(config)
+    with torch.device("meta"):  # its modules tell, whatever the config says
+        model = causal_class(config)(config)
+    return Rotary(model, anatomy(model).inner).scaling
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -45,6 +45,7 @@ class Kind(NamedTuple):
     dtype: torch.dtype  # of what comes in
     tail: tuple[int, ...]
     has_logits: bool
+    regime: int
 
 
 @dataclass(slots=True)
@@ -91,13 +92,15 @@ class Decoder:
         ghosts: StackCache,
         *,
         has_logits: bool,
+        regime: int = 0,
     ) -> Outputs:
         """Run the next position of each session through some blocks of its paged cache.
 
         `values` are alike, ids [1, 1] or hidden states [1, 1, ...], wherever they lie; `ghosts` a
-        cache of these blocks that nobody else uses. Returns hidden states [N, 1, ...] and, if it
-        `has_logits`, float32 logits [N, 1, vocabulary]. The caches, which are ready for the
-        position (`Ledger.make_ready`), are as long as before.
+        cache of these blocks that nobody else uses; `regime` as in `Carved.forward`.
+        Returns hidden states [N, 1, ...] and, if it `has_logits`, float32 logits
+        [N, 1, vocabulary]. The caches, which are ready for the position (`Ledger.make_ready`), are
+        as long as before.
         """
         longest = max(cache.length for cache in caches)
         ghosts.advance(longest - ghosts.length)
@@ -115,6 +118,7 @@ class Decoder:
             dtype,
             tuple(first.shape[2:]),
             has_logits,
+            regime,
         )
         pools = [ledgers[0].held[block][0] for block in blocks]
         known = self._seen(kind)
@@ -131,6 +135,8 @@ class Decoder:
         return tuple(one[: len(caches)].clone() for one in known.repeat())
 
     def _seen(self, kind: Kind) -> _Known:
+        if self.carved.rotary.is_growing(kind.regime):  # a kind of its own, at each length
+            return _Known()
         known = self._known.setdefault(kind, _Known())
         known.seen += 1
         self._known.move_to_end(kind)
@@ -177,6 +183,7 @@ class Decoder:
                 shared,
                 cache=StepCache(table, ghosts),
                 wanted=1 if kind.has_logits else None,
+                regime=kind.regime,
             )
         if not table.is_whole:
             raise BlocksError("this family does not attend to all keys that it stores")

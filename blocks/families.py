@@ -8,6 +8,8 @@ folder by `load_stack`, the very code that serves, and compared with the whole m
    the blocks in the middle or on the past, is a failed one.
 3. Each check is told as it is judged, so that a hang or a crash loses the later ones only.
 4. Everything is seeded: one configuration, one result per machine and libraries.
+5. Where positions are computed by the length of a text, decode, chunked and joined cross a length
+   where that changes, and are compared with what `generate` computes.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ _LEAST_EFFECT = 1e-4  # of what a check must depend on
 # A prefill, then decode: in one go, and in chunks; longer than all windows.
 _DECODE = (9, 1, 1, 1, 1)
 _CHUNKED = (6, 3, 1, 1, 1, 1)
+_LONG = (6, 6)  # a prefill beyond the length where positions change
 _GOING_BACK_TO = 9
 
 # How far transformers' own cached run may be from its uncached one, for logits of about 1: rounding
@@ -105,6 +108,7 @@ class _Trial:
             self.takes = Takes(takes_of(forwards_of(empty_model(checkpoint, 0, blocks))))
             cut = (range(blocks // 3), range(blocks // 3, blocks - 1), range(blocks - 1, blocks))
             self.stacks = [load_stack(checkpoint, span.start, span.stop) for span in cut]
+            self.scaling = self.stacks[0].length_scaling
         except Exception as error:
             # the folder is another one in every run
             why = told(error).replace(str(folder), "what was saved")
@@ -122,10 +126,14 @@ class _Trial:
 
     def decode(self) -> tuple[float, str]:
         """A prefill in one go, then one position at a time."""
+        if self.scaling is not None:
+            return self._lengthening(some_ids(sum(_DECODE), seed=1), _DECODE[:1])
         return self._session(some_ids(sum(_DECODE), seed=1), _DECODE)
 
     def chunked(self) -> tuple[float, str]:
         """A prefill in chunks, then one position at a time."""
+        if self.scaling is not None:
+            return self._lengthening(some_ids(sum(_LONG) + 2, seed=1), _LONG)
         return self._session(some_ids(sum(_CHUNKED), seed=1), _CHUNKED)
 
     def _session(self, ids: torch.Tensor, chunks: Sequence[int]) -> tuple[float, str]:
@@ -138,12 +146,37 @@ class _Trial:
             own_chunks = (chunks[0], *[1] * sum(chunks[1:]))
         theirs, truth = self.whole.session(ids, own_chunks), self.whole.run(ids)
         _must_matter(self.whole.run(ids[:, -1:]), theirs[:, -1:], "the past changes nothing")
-        own = float((truth - theirs).abs().max() / truth.abs().max().clamp(min=1))
-        if own > _MOST_OWN_DIFFERENCE:
-            raise BlocksError(
-                f"run so, transformers' model differs by {own:.0e} from its own single forward"
-            )
+        _must_agree(theirs, truth)
         return _difference(_session(self.stacks, ids, chunks, _caches(self.stacks)), theirs), ""
+
+    def _lengthening(self, ids: torch.Tensor, chunks: Sequence[int]) -> tuple[float, str]:
+        """A text that is longer at its end than where positions change."""
+        caches = _caches(self.stacks)
+        ours, prompt, done = [], sum(chunks), 0
+        for chunk in chunks:
+            done += chunk
+            part = ids[:, done - chunk : done]
+            ours = [_run(self.stacks, part, caches, sequence_length=prompt)[:, -1:]]
+        for end in range(prompt + 1, ids.shape[1] + 1):
+            ours.append(self._grown(ids[:, :end], caches))
+        theirs, truth = self.whole.said(ids, *chunks), self.whole.said(ids, prompt)
+        _must_agree(theirs, truth)
+        short = ids.shape[1] // 2
+        long = self.whole.run(ids)[:, :short]
+        _must_matter(self.whole.run(ids[:, :short]), long, "the length of a text changes nothing")
+        return _difference(torch.cat(ours, dim=1), theirs), ""
+
+    def _grown(self, ids: torch.Tensor, caches: Sequence[StackCache]) -> torch.Tensor:
+        """The logits of the last position of a text that has grown by it."""
+        length = ids.shape[1]
+        if self._is_anew(length):
+            for cache in caches:
+                cache.rollback(0)
+            return _run(self.stacks, ids, caches)[:, -1:]
+        return _run(self.stacks, ids[:, -1:], caches)
+
+    def _is_anew(self, length: int) -> bool:
+        return self.scaling is not None and length - 1 == self.scaling.anew_after
 
     def interleaved(self) -> tuple[float, str]:
         """Two sessions, step by step in turn: each as if alone."""
@@ -181,7 +214,9 @@ class _Trial:
         texts = [some_ids(length + steps, seed=6 + n) for n, length in enumerate(lengths)]
         theirs = torch.cat(
             [
-                self.whole.session(text, (length, *(1,) * steps))[:, length:]
+                self.whole.said(text, length)[:, 1:]
+                if self.scaling is not None
+                else self.whole.session(text, (length, *(1,) * steps))[:, length:]
                 for text, length in zip(texts, lengths, strict=True)
             ]
         )
@@ -190,11 +225,20 @@ class _Trial:
             _run(self.stacks, text[:, :length], own)
         parts = []
         for step in range(steps):
-            values = [
-                text[:, length + step : length + step + 1]
-                for text, length in zip(texts, lengths, strict=True)
+            grown = [
+                text[:, : length + step + 1] for text, length in zip(texts, lengths, strict=True)
             ]
-            parts.append(_run_joined(self.stacks, values, caches))
+            joint = [n for n, text in enumerate(grown) if not self._is_anew(text.shape[1])]
+            values = [grown[n][:, -1:] for n in joint]
+            together = iter(_run_joined(self.stacks, values, [caches[n] for n in joint]).split(1))
+            parts.append(
+                torch.cat(
+                    [
+                        next(together) if n in joint else self._grown(text, caches[n])
+                        for n, text in enumerate(grown)
+                    ]
+                )
+            )
         return _relative(torch.cat(parts, dim=1), theirs), ""
 
     def gradient(self) -> tuple[float, str]:
@@ -241,6 +285,7 @@ def _run(
     ids: torch.Tensor,
     caches: Sequence[StackCache | None] | None = None,
     mask: torch.Tensor | None = None,
+    sequence_length: int | None = None,
 ) -> torch.Tensor:
     """Ids through the stacks, one after the other, going on from the caches."""
     values = ids
@@ -253,6 +298,7 @@ def _run(
             mask=mask,
             logits_for=0 if stack.holds_head else None,
             sides=sides,
+            sequence_length=sequence_length,
         )
     return values
 
@@ -295,6 +341,14 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference as a part of the largest value: rounding grows with the values."""
     return _difference(ours, theirs) / max(1.0, float(theirs.abs().max()))
+
+
+def _must_agree(theirs: torch.Tensor, truth: torch.Tensor) -> None:
+    own = float((truth - theirs).abs().max() / truth.abs().max().clamp(min=1))
+    if own > _MOST_OWN_DIFFERENCE:
+        raise BlocksError(
+            f"run so, transformers' model differs by {own:.0e} from its own single forward"
+        )
 
 
 def _must_matter(without: torch.Tensor, theirs: torch.Tensor, otherwise: str) -> None:

@@ -26,6 +26,7 @@ from blocks.hf.attention import base_of, configs_of
 from blocks.hf.caches import DynamicCache
 from blocks.hf.forwards import cache_argument, forgets_state, parameters_of
 from blocks.hf.models import PretrainedConfig, PreTrainedModel, decoder_config
+from blocks.hf.rotary import Rotary
 from blocks.sides import Exchange, Sides, plan_sides
 
 
@@ -82,6 +83,7 @@ class Carved:
         self.sides = plan_sides(self.parts, model, self.device)
         self._configs = configs_of(model)
         self._attention = base_of(self._configs)
+        self.rotary = Rotary(model, self.parts.inner)
         self.tried: dict[tuple[object, ...], bool] = {}  # kind of block -> attends by rows
 
     def _around_layers(self) -> Iterator[nn.Module]:
@@ -117,13 +119,15 @@ class Carved:
         cache: DynamicCache | None = None,
         wanted: int | None = None,
         sides: Sides | None = None,
+        regime: int = 0,
     ) -> Output:
         """Run the blocks of `span` on ids [B, S] or hidden states [B, S, ...].
 
         `shared` are the arguments of the family's forward beside these; those it does not know are
         left out, but for the cache (None: none is kept), without which the past would be lost.
         `sides` came with hidden states, and holds what later blocks need afterwards.
-        With `wanted` there are logits of so many last positions.
+        With `wanted` there are logits of so many last positions. `regime`: of the length of the
+        text, where positions are computed by it (see `blocks.hf.rotary`).
         """
         shared = {**shared, **self._cache_arguments(cache), "return_dict": True}
         captured: list[torch.Tensor] = []
@@ -137,6 +141,7 @@ class Carved:
         shared |= self._hidden_arguments(inputs) if is_hidden else {"input_ids": inputs}
         with ExitStack() as undo:
             undo.enter_context(self._only(span))
+            undo.enter_context(self.rotary.at(regime))
             if self.sides.is_needed:
                 undo.enter_context(exchange.attached())
             if is_hidden:

@@ -19,7 +19,8 @@ class StepJob:
     is made by its first step and keeps to the same blocks. The payload holds "ids" [B, S] or
     "hidden" [B, S, ...], with "hidden" what some families need beside it (see `blocks.sides`), and
     "mask" [B, start + S] if padded. `outputs` and `candidates` matter on a leg that ends at the
-    last block only.
+    last block only. `sequence_length`: how many positions the one forward has that the step is a
+    part of, as a prompt's; 0, or less than it ends at: it is the last part.
     """
 
     key: Hashable
@@ -32,6 +33,7 @@ class StepJob:
     candidates: CandidateWish | None = None
     release: bool = False  # free the leg when the step is done
     client: Hashable = None
+    sequence_length: int = 0
 
 
 @dataclass(frozen=True, slots=True)

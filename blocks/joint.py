@@ -5,7 +5,8 @@
 2. Keys that lie in pages are read by tables, all rows together (`blocks.decoding`).
 3. Of other sessions attention takes each one's keys where they lie, in blocks where that was seen
    to give what the family's padded batch gives (`blocks.apart`); elsewhere keys are padded.
-4. Where layers share keys with later blocks, only sessions of equal spans run together: what one
+4. Where positions are computed by the length of a text, only rows of one regime run together.
+5. Where layers share keys with later blocks, only sessions of equal spans run together: what one
    has computed itself another would be lent.
 """
 
@@ -60,13 +61,14 @@ class Row:
 
     `values` [1, 1, ...] and `sides` are what its next block needs, where the weights are unless the
     cache is paged; when its last block has run, what it leaves with. Then, if it `wants_logits`,
-    `values` are float32 logits [1, 1, vocabulary].
+    `values` are float32 logits [1, 1, vocabulary]. `regime`: of the length of its text.
     """
 
     cache: StackCache
     values: torch.Tensor
     sides: Sides
     wants_logits: bool
+    regime: int = 0
 
 
 def run_rows(
@@ -102,10 +104,10 @@ def run_rows(
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """The rows by the form of what they bring and have, which must be equal in a pass."""
-    groups: dict[tuple[bool, bool, tuple[int, ...]], list[Row]] = {}
+    groups: dict[tuple[bool, bool, int, tuple[int, ...]], list[Row]] = {}
     for row in rows:
         values, is_paged = row.values, row.cache.is_paged
-        form = values.is_floating_point(), is_paged, tuple(values.shape[2:])
+        form = values.is_floating_point(), is_paged, row.regime, tuple(values.shape[2:])
         groups.setdefault(form, []).append(row)
     yield from groups.values()
 
@@ -118,6 +120,7 @@ def _run_paged(decoder: Decoder, blocks: range, rows: Sequence[Row], ghosts: Sta
         [row.cache for row in rows],
         ghosts,
         has_logits=ends and any(row.wants_logits for row in rows),
+        regime=rows[0].regime,
     )
     for number, row in enumerate(rows):
         is_asked = row.wants_logits and row.cache.stop == blocks.stop
@@ -141,6 +144,7 @@ def _run_group(
             cache=joined,
             wanted=1 if ends and any(row.wants_logits for row in rows) else None,
             sides=sides,
+            regime=rows[0].regime,
         )
     joined.commit()
     for number, row in enumerate(rows):

@@ -60,7 +60,15 @@ def run_alone(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
     if cache.is_torn or start < cache.length:
         cache.rollback(start)
     wanted = _logits_wanted(chunks, stack)
-    values = stack.run(inputs, cache=cache, start=start, mask=mask, logits_for=wanted, sides=sides)
+    values = stack.run(
+        inputs,
+        cache=cache,
+        start=start,
+        mask=mask,
+        logits_for=wanted,
+        sides=sides,
+        sequence_length=_sequence_length(chunks, mask, stack),
+    )
     given = []
     for chunk in chunks:
         place = slice(chunk.shape.start - start, chunk.shape.start - start + chunk.shape.positions)
@@ -92,6 +100,7 @@ def run_jointly(legs: Legs, chunks: Sequence[Chunk]) -> list[Outcome]:
         [leg.cache for leg in theirs],
         wants_logits=[_asks(job, leg.stack) for job, leg in zip(jobs, theirs, strict=True)],
         sides=sides,
+        sequence_lengths=[chunk.step.sequence_length for chunk in chunks],
     )
     stacks = [leg.stack for leg in theirs]
     together = _choose_together(chunks, stacks, values)
@@ -135,6 +144,16 @@ def undo(legs: Legs, chunk: Chunk) -> None:
             leg.cache.rollback(start)
         else:
             leg.cache.is_torn = True
+
+
+def _sequence_length(
+    chunks: Sequence[Chunk], mask: torch.Tensor | None, stack: Stack
+) -> int | None:
+    """How many positions the forward has that a run is a part of; padding has none."""
+    if mask is None:
+        return max(chunk.step.sequence_length for chunk in chunks)
+    _, whole, _ = chunks[0].step.tensors(stack.needs)
+    return None if whole is None else int(whole.ne(0).sum(1).max())
 
 
 def _asks(job: StepJob, stack: Stack) -> bool:

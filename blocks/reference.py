@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from blocks.hf.models import (
     PreTrainedModel,
     is_composite,
 )
+from blocks.hf.rotary import Rotary
 from blocks.shrink import VOCABULARY
 
 _SEED = 7
@@ -61,6 +63,7 @@ class Whole:
         self.inner = anatomy(model).inner
         if any(one.kind is one.VAR_KEYWORD for one in named.values()):
             self.takes |= parameters_of(self.inner.forward).keys()
+        self.rotary = Rotary(model, self.inner)
 
     def run(
         self,
@@ -68,11 +71,13 @@ class Whole:
         cache: Any = None,
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
+        regime: int = 0,
     ) -> torch.Tensor:
         """float32 logits [B, S, vocabulary] of ids [B, S] that follow the cache's past.
 
         Positions are counted from 0 unless told, as `generate` does: some families by themselves
-        begin elsewhere.
+        begin elsewhere. `regime`: of the length of the text that they are a chunk of. No other text
+        is left behind.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1]).expand(ids.shape)
@@ -83,7 +88,7 @@ class Whole:
             arguments["attention_mask"] = mask
         known = {name: value for name, value in arguments.items() if name in self.takes}
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.rotary.at(regime):
                 return cast(torch.Tensor, self.model(input_ids=ids, **known).logits.float())
         except Exception as error:
             raise TheirsError(told(error)) from error
@@ -100,6 +105,23 @@ class Whole:
             shown = None if mask is None else mask[:, :done]
             parts.append(self.run(chunk, cache, shown, positions[:, past:done]))
         return torch.cat(parts, dim=1)
+
+    def said(self, ids: torch.Tensor, *prompt: int) -> torch.Tensor:
+        """The logits from the last position of the prompt on, as `generate` computes them: the
+        prompt, in so many chunks, then one position at a time, and all anew where it drops its
+        cache.
+        """
+        scaling, length = self.rotary.scaling, sum(prompt)
+        regime = scaling.regime(length) if scaling and len(prompt) > 1 else 0
+        cache, parts, done = whole_cache(self.model.config), [], 0
+        for end in (*accumulate(prompt), *range(length + 1, ids.shape[1] + 1)):
+            if scaling and end > length and done == scaling.anew_after:
+                cache, done = whole_cache(self.model.config), 0
+            positions = torch.arange(done, end)[None]
+            own = regime if end < length else 0
+            parts.append(self.run(ids[:, done:end], cache, None, positions, own)[:, -1:])
+            done = end
+        return torch.cat(parts[len(prompt) - 1 :], dim=1)
 
     def gradient(
         self, ids: torch.Tensor, block: int

@@ -2,7 +2,8 @@
 
 1. Sizes shrink, switches stay: kinds of layers, biases, tying, norms, routing, rotary scaling.
 2. Every kind of layer that the config has is among the layers that are left, while there is room.
-3. Windows, chunks and sparse choices become shorter than the texts of the trial, so that they bite.
+3. Windows, chunks and sparse choices become shorter than the texts of the trial, so that they bite,
+   and so do the lengths beyond which rotary scalings change.
 4. No family's name decides, but for a short table of those whose sizes depend on each other in a
    way of their own.
 """
@@ -16,6 +17,7 @@ from blocks.hf.models import CONFIG_MAPPING, PretrainedConfig
 BLOCKS = 6
 VOCABULARY = 96
 WINDOW = 5  # positions; the trial's texts are longer
+ORIGINAL = 10  # positions of a text whose scaling goes by length; the trial's texts cross it
 _TOWER_LAYERS = 3  # of vision and audio towers: another number than BLOCKS, not to be taken for it
 _HEADS, _HEAD_DIM, _HIDDEN = 4, 16, 64
 _POSITIONS = 128
@@ -107,6 +109,12 @@ _OWN_WAYS: dict[str, dict[str, Any]] = {
 }
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * place for place in range(64)],
+    "long_factor": [2.0 + 0.5 * place for place in range(64)],
+    "original_max_position_embeddings": 4096,
+}
 
 # What default configs do not say although the class needs it, or leave out although it is what
 # the family is for. Configs of real checkpoints say it all.
@@ -127,8 +135,12 @@ _SAID_BY_DEFAULT: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [*range(2, 32, 3)],
     },
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
+    "minicpm3": {"rope_parameters": _LONGROPE},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "phi3": {"rope_parameters": _LONGROPE},
+    "phi4_multimodal": {"rope_parameters": _LONGROPE},
+    "phimoe": {"rope_parameters": {**_LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}},
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
@@ -193,6 +205,7 @@ def shrunk_values(values: Mapping[str, Any], layers: int) -> Values:
     small.update(own_ways)
     if isinstance(small.get("rope_parameters"), dict):
         _fit_rotary(small["rope_parameters"], small)
+        _cross_lengths(small)
     return small
 
 
@@ -335,6 +348,19 @@ def _related(values: Mapping[str, Any]) -> Values:
     if type(embedded) is int:
         found["word_embed_proj_dim"] = _HIDDEN if embedded == hidden else _HIDDEN // 2
     return found
+
+
+def _cross_lengths(small: Values) -> None:
+    """Let scalings that go by the length of a text change within the texts of the trial."""
+    told = small["rope_parameters"]
+    for rope in [told, *(one for one in told.values() if isinstance(one, dict))]:
+        if rope.get("rope_type") == "longrope":
+            for owner in (rope, small):
+                if "original_max_position_embeddings" in owner:
+                    owner["original_max_position_embeddings"] = ORIGINAL
+        elif rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
+            small["max_position_embeddings"] = ORIGINAL
+            rope["factor"] = max(rope.get("factor") or 1.0, 4.0)
 
 
 def _fit_rotary(rope: Values, small: Mapping[str, Any]) -> None:

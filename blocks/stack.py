@@ -20,14 +20,14 @@ from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
 from blocks.hf.models import PreTrainedModel
+from blocks.hf.rotary import LengthScaling
 from blocks.join import why_not_joined
 from blocks.joint import Row, run_rows
 from blocks.masks import checked_mask, positions
-from blocks.sides import Sides, check_sides, sample_sides
+from blocks.sides import Sides, sample_sides
+from blocks.step_checks import StepChecks
 from blocks.transfer import sent
 from blocks.trial import Paging, decoder_of
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class Stack:
@@ -47,6 +47,7 @@ class Stack:
         self._is_apart: bool | None = None
         self._unowned: StackCache | None = None
         self._parts: dict[tuple[int, int], Stack] = {}  # no more than there are spans within
+        self._checks = StepChecks(carved, start, stop)
         self.blocks = len(carved.parts.layers)
         self.holds_embedding = start == 0
         self.holds_head = stop == self.blocks
@@ -82,15 +83,15 @@ class Stack:
         pools = None if self._decoder is None else self._decoder.pools
         return StackCache(self._carved.model.config, self.start, self.stop, lent, pools)
 
-    def reserve(self, byte_count: int) -> None:
-        """Take so much memory for the keys of sessions now, where they lie in pages.
+    @property
+    def length_scaling(self) -> LengthScaling | None:
+        """How positions are computed by the length of a text; None in most models."""
+        return self._carved.rotary.scaling
 
-        BlocksError if there is not as much.
-        """
-        cache = self.new_cache()
-        self.run(self.sample(1)[0], cache=cache)
-        if self._decoder is not None and cache.ledger is not None:
-            self._decoder.pools.reserve(byte_count, cache.ledger)
+    def regime(self, sequence_length: int) -> int:
+        """What must be equal in steps that share a pass, by the length of their texts."""
+        scaling = self.length_scaling
+        return 0 if scaling is None else scaling.regime(min(sequence_length, self.context_length))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -114,6 +115,7 @@ class Stack:
         mask: torch.Tensor | None = None,
         logits_for: int | None = None,
         sides: Sides | None = None,
+        sequence_length: int | None = None,
     ) -> torch.Tensor:
         """Run positions `start` to `start + S` and return hidden states [B, S, ...] or logits.
 
@@ -124,18 +126,21 @@ class Stack:
         states are those after the last block of the stack, before any final norm. `sides` is what
         travels beside hidden states in families that need more (see `needs`, most need nothing): a
         stack takes from it what it needs, and leaves in it what later blocks need.
+        `sequence_length`: how many positions the one forward of the whole model has that this is a
+        part of (a chunk of a prompt: the prompt's); None: as many as these end at.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
-        self._check(inputs, cache, start, logits_for)
+        self._checks.step(inputs, cache, start, logits_for)
+        regime = 0 if sequence_length is None else self.regime(sequence_length)
         rows, tokens = inputs.shape[:2]
         mask = checked_mask(mask, rows, start + tokens, self.device)
         beside = self._checked_sides(inputs, sides, start)
         wanted = tokens if logits_for == 0 else logits_for
         if tokens == 1 and mask is None and cache is not None and self._reads_pages(cache):
-            return self._paged_step(inputs, cache, wanted is not None)
+            return self._paged_step(inputs, cache, wanted is not None, regime)
         if tokens > 1 and cache is not None and cache.length and self.forgets_state:
-            output = self._one_by_one(inputs, cache, mask, wanted, beside)
+            output = self._one_by_one(inputs, cache, mask, wanted, beside, sequence_length)
             if sides is not None:
                 sides.clear()
                 sides.update(beside)
@@ -154,6 +159,7 @@ class Stack:
                 cache=cache,
                 wanted=wanted,
                 sides=beside,
+                regime=regime,
             ).asked
         if cache is not None:
             cache.advance(tokens)
@@ -169,6 +175,7 @@ class Stack:
         *,
         wants_logits: Sequence[bool] = (),
         sides: Sequence[Sides] = (),
+        sequence_lengths: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Run the next position of several sessions as one batch, each through its cache's blocks.
 
@@ -176,8 +183,8 @@ class Stack:
         into the first block of its cache; each cache has a past and holds blocks of this stack.
         Returns in their order hidden states [1, 1, ...] after the last block of the cache, or, for
         each session that `wants_logits`, float32 logits [1, 1, vocabulary]. In float32 what each
-        would get alone, but for the rounding of larger products. `sides`, one for each session,
-        are as in `run`. One session alone runs as in `run`.
+        would get alone, but for the rounding of larger products. `sides` and `sequence_lengths`,
+        one for each session, are as in `run`. One session alone runs as in `run`.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent, and
         BlocksError where `why_not_joined` of a session's blocks says why. After any other error
@@ -185,17 +192,24 @@ class Stack:
         """
         wishes = wants_logits or [False] * len(inputs)
         beside = sides or [{} for _ in inputs]
+        lengths = sequence_lengths or [cache.length + 1 for cache in caches]
         parts = [self.part(cache.start, cache.stop) for cache in caches]
         if len(inputs) == 1:
-            (one,), (cache,), (side,), (part,) = inputs, caches, beside, parts
-            wanted = 1 if wishes[0] else None
-            return [part.run(one, cache=cache, start=cache.length, logits_for=wanted, sides=side)]
+            alone = parts[0].run(
+                inputs[0],
+                cache=caches[0],
+                start=caches[0].length,
+                logits_for=1 if wishes[0] else None,
+                sides=beside[0],
+                sequence_length=lengths[0],
+            )
+            return [alone]
         if len({id(cache) for cache in caches}) < len(caches):
             raise StepError("a session can take one step at a time")
         rows = [
-            part._row(one, cache, wish, side)
-            for part, one, cache, wish, side in zip(
-                parts, inputs, caches, wishes, beside, strict=True
+            part._row(one, cache, wish, side, length)
+            for part, one, cache, wish, side, length in zip(
+                parts, inputs, caches, wishes, beside, lengths, strict=True
             )
         ]
         for part in parts:
@@ -208,16 +222,18 @@ class Stack:
             side.update(row.sides)
         return [row.values for row in rows]
 
-    def _row(self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides) -> Row:
+    def _row(
+        self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides, length: int
+    ) -> Row:
         """A session's next position, checked and placed."""
-        self._check(one, cache, cache.length, 1 if wants_logits else None)
+        self._checks.step(one, cache, cache.length, 1 if wants_logits else None)
         if one.shape[:2] != (1, 1) or not cache.length:
             raise StepError("sessions join with one position of one row, and with a past")
         if cache.is_torn:
             raise BlocksError("an earlier step failed half way, so this cache can only start anew")
         checked = self._checked_sides(one, sides, cache.length)
         values = one if self._reads_pages(cache) else self._placed(one)  # a board places all
-        return Row(cache, values, checked, wants_logits)
+        return Row(cache, values, checked, wants_logits, self.regime(length))
 
     def _one_by_one(
         self,
@@ -226,6 +242,7 @@ class Stack:
         mask: torch.Tensor | None,
         wanted: int | None,
         sides: Sides,
+        sequence_length: int | None,
     ) -> torch.Tensor:
         """Several positions after a past, for layers that would forget it; all was checked."""
         parts, passed = [], []
@@ -239,6 +256,7 @@ class Stack:
                 mask=None if mask is None else mask[:, : start + 1],
                 logits_for=None if wanted is None else 1,
                 sides=beside,
+                sequence_length=sequence_length,
             )
             parts.append(output)
             passed.append(beside)
@@ -247,10 +265,10 @@ class Stack:
         return torch.cat(parts if wanted is None else parts[-wanted:], dim=1)
 
     def _paged_step(
-        self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool
+        self, inputs: torch.Tensor, cache: StackCache, wants_logits: bool, regime: int
     ) -> torch.Tensor:
         """The next position of a session alone, by tables."""
-        row = Row(cache, inputs, {}, wants_logits)
+        row = Row(cache, inputs, {}, wants_logits, regime)
         with torch.inference_mode():
             run_rows(self._carved, [row], self._ghosts, decoder=self._decoder)
         return row.values
@@ -348,14 +366,7 @@ class Stack:
         Raises StepError for what no stack could compute as sent, BlocksError for families whose
         sides have gradients of their own.
         """
-        self._check(inputs, None, 0, None)
-        if not inputs.is_floating_point():
-            raise StepError("ids have no gradient: send hidden states")
-        if grad.shape != inputs.shape or not grad.is_floating_point():
-            raise StepError(
-                f"the gradient of hidden states of shape {tuple(inputs.shape)} has their shape, "
-                f"not {tuple(grad.shape)}, and is floating, not {grad.dtype}"
-            )
+        self._checks.gradient(inputs, grad)
         rows, tokens = inputs.shape[:2]
         mask = checked_mask(mask, rows, tokens, self.device)
         beside = self._checked_sides(inputs, sides, 0)
@@ -365,77 +376,23 @@ class Stack:
             asked = self._placed(inputs).clone().requires_grad_()
             at = positions(mask, 0, tokens, rows, self.device)
             shared = {"position_ids": at, "attention_mask": None if mask is None else mask.clone()}
-            beside = {name: self._discrete(name, side).clone() for name, side in beside.items()}
+            beside = {
+                name: self._checks.discrete(name, side).clone() for name, side in beside.items()
+            }
             output = self._carved.forward(self._span, asked, shared, sides=beside).hidden
             for name, side in beside.items():
-                self._discrete(name, side)
+                self._checks.discrete(name, side)
             answer: torch.Tensor
             (answer,) = torch.autograd.grad(output, asked, self._placed(grad).clone())
         return answer
 
-    def _discrete(self, name: str, side: torch.Tensor) -> torch.Tensor:
-        """The side, if no gradient runs through it."""
-        if side.is_floating_point():
-            raise BlocksError(f'gradients through "{name}" are not computed: this family cannot')
-        return side
+    def _checked_sides(self, inputs: torch.Tensor, sides: Sides | None, past: int) -> Sides:
+        """What these blocks need of the sides, where the weights are; nothing beside ids."""
+        needed = self._checks.sides(inputs, sides or {}, past)
+        return {name: self._placed(side) for name, side in needed.items()}
 
     def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor where the weights are, a floating one in their dtype, ids as indices."""
         is_ids = tensor.dtype == torch.int32
         dtype = self.dtype if tensor.is_floating_point() else torch.long if is_ids else None
         return sent(tensor, self.device, dtype)
-
-    def _check(
-        self, inputs: torch.Tensor, cache: StackCache | None, start: int, logits_for: int | None
-    ) -> None:
-        if inputs.dim() < 2 or 0 in inputs.shape:
-            raise StepError(f"inputs need rows and positions, not shape {tuple(inputs.shape)}")
-        if inputs.is_floating_point():
-            tail = self._carved.sides.hidden_tail
-            fits = tuple(inputs.shape[2:]) == tail if tail else inputs.dim() > 2
-            if not fits or inputs.shape[-1] != self.hidden_size:
-                raise StepError(
-                    f"hidden states end in an axis of {self.hidden_size}, not in shape "
-                    f"{tuple(inputs.shape)}"
-                )
-        else:
-            self._check_ids(inputs)
-        tokens = inputs.shape[1]
-        if logits_for is not None and not (self.holds_head and 0 <= logits_for <= tokens):
-            raise StepError(
-                f"blocks {self.start}:{self.stop} of {self.blocks} cannot give the logits of the "
-                f"last {logits_for} of {tokens} positions"
-            )
-        held = 0 if cache is None else cache.length
-        if start != held:
-            raise StepError(f"the step starts at position {start}, but {held} are held")
-        if start + tokens > self.context_length:
-            raise StepError(f"position {start + tokens} is beyond the context of the model")
-        if cache is not None:
-            if (cache.start, cache.stop) != (self.start, self.stop):
-                raise BlocksError(f"a cache of blocks {cache.start}:{cache.stop} does not fit here")
-            if cache.rows not in (None, inputs.shape[0]):
-                raise StepError(f"{inputs.shape[0]} rows follow a past of {cache.rows} rows")
-
-    def _checked_sides(self, inputs: torch.Tensor, sides: Sides | None, past: int) -> Sides:
-        """What these blocks need of the sides, where the weights are; nothing beside ids."""
-        if not inputs.is_floating_point():
-            return {}
-        given: Sides = sides or {}
-        rows, tokens = inputs.shape[:2]
-        check_sides(self._carved.sides, given, self.start, rows, tokens, past)
-        if "ids" in self.needs:
-            self._check_range(given["ids"])
-        return {name: self._placed(given[name]) for name in self.needs}
-
-    def _check_ids(self, ids: torch.Tensor) -> None:
-        if not self.holds_embedding:
-            raise StepError(f"blocks {self.start}:{self.stop} take hidden states, not ids")
-        if ids.dtype not in _INTEGERS or ids.dim() != 2:
-            raise StepError(f"ids are int32 or int64 [rows, positions], not {ids.dtype}")
-        self._check_range(ids)
-
-    def _check_range(self, ids: torch.Tensor) -> None:
-        # out of range a GPU would abort the process, not raise
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
-            raise StepError(f"ids must be below the vocabulary's {self.vocabulary_size}")

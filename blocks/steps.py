@@ -82,6 +82,11 @@ class Step:
             self.run = run if self.run is None else self.run + run
 
     @property
+    def sequence_length(self) -> int:
+        """How many positions the one forward has that it is a part of."""
+        return max(self.job.sequence_length, self.job.start + extent(self.job.payload)[1])
+
+    @property
     def waited(self) -> float:
         """Seconds since it came that it was in no pass."""
         return max(0.0, time.perf_counter() - self._at - self._in_passes)
@@ -150,6 +155,7 @@ class Cutter:
     def __init__(self, stack: Stack, bounds: Bounds) -> None:
         self._bounds = bounds
         self._blocks = stack.blocks
+        self._regime = stack.regime
         self._most_logits = max(1, bounds.logit_bytes // (4 * stack.vocabulary_size))
         self._keeps_padded = is_recurrent(stack)
 
@@ -168,7 +174,8 @@ class Cutter:
         kind: Hashable = None
         if not (job.release or is_padded) and positions:
             layouts = layout(job.payload)
-            kind = (job.first, job.stop, job.outputs, job.candidates is None, *layouts)
+            regime = self._regime(step.sequence_length)
+            kind = (job.first, job.stop, job.outputs, job.candidates is None, regime, *layouts)
         is_decode = (rows, positions) == (1, 1) and kind is not None
         service = Service.DECODE if positions <= MOST_SHORT else Service.FILL
         return [

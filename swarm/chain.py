@@ -65,6 +65,7 @@ class Entry:
     wanted: Wanted
     wish: Wish | None = None
     times: tuple[HopTime, ...] = ()
+    sequence_length: int = 0
 
 
 def step_of(entry: Entry, *, after: int) -> Step:
@@ -76,6 +77,7 @@ def step_of(entry: Entry, *, after: int) -> Step:
         wanted=entry.wanted,
         wish=entry.wish,
         times=entry.times,
+        sequence_length=entry.sequence_length,
         payload=entry.payload,
     )
 

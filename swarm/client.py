@@ -94,6 +94,7 @@ class Client:
             fingerprint=self.model.fingerprint,
             max_tokens=max_tokens,
             prompt=prompt,
+            length_scaling=self.model.card.length_scaling,
             wall_clock=time.time,
             route_seconds=route_seconds,
         )

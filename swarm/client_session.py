@@ -31,6 +31,7 @@ from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
 from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
+from swarm.text import ANY_LENGTH, LengthScaling
 from swarm.transport import Host
 from swarm.troubles import (
     as_routing,
@@ -100,11 +101,13 @@ class ClientSession:
         fingerprint: str,
         max_tokens: int,
         prompt: Sequence[int],
+        length_scaling: LengthScaling,
         wall_clock: Callable[[], float],
         route_seconds: float,
     ) -> None:
         self.journal = Journal()
         self.max_tokens = max_tokens
+        self.length_scaling = length_scaling
         self._identity = identity
         self._find_route = find_route
         self._wall_clock = wall_clock
@@ -118,7 +121,9 @@ class ClientSession:
             max_tokens=max_tokens,
             sign=self._sign,
             new_link=self._links.new_number,
-            prefix=prefix_of(prompt, fingerprint),
+            prefix=prefix_of(
+                prompt, fingerprint, sequence_length=length_scaling.regime(len(prompt))
+            ),
         )
         self._suspects = suspects
         self._troubles: list[Trouble] = []
@@ -152,16 +157,26 @@ class ClientSession:
         self._deadline = trio.current_time() + self._route_seconds
         await self._take_route()
 
-    def step(self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None) -> None:
+    def step(
+        self,
+        start: int,
+        payload: Payload,
+        wanted: Wanted,
+        wish: Wish | None = None,
+        *,
+        sequence_length: int = 0,
+    ) -> None:
         """Send inputs for positions from `start` on; never waits.
 
-        ValueError if they reach beyond `max_tokens`.
+        `sequence_length`: how many positions the text has that they are the last of, or a part of;
+        0: they end it. ValueError if they reach beyond `max_tokens`.
         """
         length = next(iter(payload.values())).shape[1]
         if start + length > self.max_tokens:
             raise ValueError(f"the session has room for {self.max_tokens} positions")
         self._positions = start + length
-        self._carry_out(self._session.step(start, payload, wanted, wish))
+        regime = self.length_scaling.regime(max(sequence_length, start + length))
+        self._carry_out(self._session.step(start, payload, wanted, wish, regime))
 
     async def next_output(self) -> Output:
         """Return the next output, repairing the route as often as it takes.
@@ -351,6 +366,7 @@ async def open_session(
     fingerprint: str,
     max_tokens: int,
     prompt: Sequence[int] = (),
+    length_scaling: LengthScaling = ANY_LENGTH,
     wall_clock: Callable[[], float] = time.time,
     route_seconds: float = 30.0,
 ) -> AsyncIterator[ClientSession]:
@@ -358,7 +374,8 @@ async def open_session(
 
     With `prompt`, the ids it will begin with, hops that hold the same beginning need not compute it
     again; its first `pages` steps must then be a page of the prompt each, as `generate` sends them.
-    With `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
+    `length_scaling` is the model card's. With
+    `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
     `pulse` tells of hops that fall silent, nothing else does; `suspects` may be shared by the
     sessions of a client, so that one need not learn what another has. Raises NoRoute if no route is
     found within `route_seconds`, now or at a repair.
@@ -375,6 +392,7 @@ async def open_session(
             fingerprint=fingerprint,
             max_tokens=max_tokens,
             prompt=prompt,
+            length_scaling=length_scaling,
             wall_clock=wall_clock,
             route_seconds=route_seconds,
         )

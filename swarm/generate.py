@@ -3,6 +3,8 @@
 1. The tokens are those of the model: a failed route or a draft changes when they come, not which.
 2. Generation ends with an end-of-sequence id, at `most_tokens`, or when `on_token` says so.
 3. Under a guide no other id is chosen than one that it allows.
+4. Where a model's positions go by the length of a text, each step says of how long a text it is:
+   no step holds positions of two kinds.
 """
 
 import math
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from swarm.client_session import ClientSession
 from swarm.errors import BadInput, PeerFault
-from swarm.messages import HopTime, Wish
+from swarm.messages import HopTime, Wanted, Wish
 from swarm.prefix import PAGE_POSITIONS, ids_payload
 from swarm.sampling import (
     Candidates,
@@ -26,7 +28,7 @@ from swarm.sampling import (
     counts_of,
     wish_for,
 )
-from swarm.text import ModelCard
+from swarm.text import LengthScaling, ModelCard
 from swarm.wire import Tensor
 
 # Long enough to be bound by compute, short enough that hops overlap (docs/protocol.md).
@@ -128,8 +130,7 @@ async def generate(
     counts = counts_of(ids, ())
     drafted: list[int] = []
     wish = _next_wish(settings.sampling, counts, guide)
-    for start, chunk, is_last in _chunks(prompt, session.pages):
-        session.step(start, ids_payload(chunk), "last" if is_last else "none", wish)
+    _send_text(session, ids, wish, session.pages)
     while True:
         times, choices = await _next_choices(session, made, wish, len(drafted) + 1)
         if guide is not None:
@@ -149,9 +150,32 @@ async def generate(
             guide.take(token)
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
+        drafted = _fitting(session.length_scaling, len(ids), drafted)
         wish = _next_wish(settings.sampling, {*counts, *drafted}, guide)
+        if len(ids) - 1 == session.length_scaling.anew_after:
+            _send_text(session, ids, wish)
+            continue
         step = [ids[-1], *drafted]
         session.step(len(ids) - 1, ids_payload(step), "all" if drafted else "last", wish)
+
+
+def _send_text(session: ClientSession, ids: Sequence[int], wish: Wish, pages: int = 0) -> None:
+    """Send all of a text, as one forward, for what comes after it."""
+    for start, chunk, is_last in _chunks(ids, pages):
+        wanted: Wanted = "last" if is_last else "none"
+        session.step(start, ids_payload(chunk), wanted, wish, sequence_length=len(ids))
+
+
+def _fitting(scaling: LengthScaling, length: int, drafted: list[int]) -> list[int]:
+    """Those drafted ids that one step can verify behind a text of this length."""
+    fits, regime = 0, scaling.regime(length)
+    if length - 1 == scaling.anew_after:
+        return []
+    while length + fits != scaling.anew_after and scaling.regime(length + fits + 1) == regime:
+        fits += 1
+        if fits >= len(drafted):
+            break
+    return drafted[:fits]
 
 
 async def _next_choices(
@@ -179,7 +203,7 @@ async def mean_hidden(session: ClientSession, prompt: Sequence[int]) -> NDArray[
     """
     chunks = list(_chunks(prompt))
     for start, chunk, _ in chunks:
-        session.step(start, ids_payload(chunk), "all")
+        session.step(start, ids_payload(chunk), "all", sequence_length=len(prompt))
     total: NDArray[np.float64] | None = None
     for _, chunk, _ in chunks:
         output = await session.next_output()

@@ -218,7 +218,7 @@ class Leg(Onward):
         if step.after > self.admitted or step.start > self.length or length == 0:
             self._accuse_sender("a step does not follow the one before")
             return
-        if step.start + length > self.max_tokens:
+        if max(step.start + length, step.sequence_length) > self.max_tokens:
             self._accuse_sender("the session is longer than it asked for")
             return
         if not self._inlet.is_within_credit:
@@ -233,7 +233,7 @@ class Leg(Onward):
         self.waiting_bytes += size
         self._waiting.append((step, link, size))
         if self.pages is not None:
-            self.pages.admitted(step.serial, step.start, step.payload)
+            self.pages.admitted(step.serial, step.start, step.payload, step.sequence_length)
         self._go_on()
 
     def computed(
@@ -255,7 +255,10 @@ class Leg(Onward):
         if self.pages is not None:
             self.pages.computed(serial, step.start + step_length(step), shortest_fork)
         times = (*step.times, time)
-        self.history.append(Entry(serial, step.start, payload, step.wanted, step.wish, times))
+        entry = Entry(
+            serial, step.start, payload, step.wanted, step.wish, times, step.sequence_length
+        )
+        self.history.append(entry)
         self._flush()
 
     def failed(self, message: str) -> None:

@@ -133,7 +133,8 @@ class Step(Message, frozen=True, tag="step"):
     """One trip through the route: inputs for positions from `start`.
 
     `after` is the serial sent before it on this stream (at first, what the receiver had).
-    `payload` holds "ids" [1, S] or "hidden" [1, S, ...].
+    `payload` holds "ids" [1, S] or "hidden" [1, S, ...]. `sequence_length`: 0, or the least length
+    of a text whose positions are computed as these are (`LengthScaling`).
     """
 
     serial: Annotated[int, msgspec.Meta(ge=1, le=2**53)]
@@ -142,6 +143,7 @@ class Step(Message, frozen=True, tag="step"):
     wanted: Wanted = "none"
     wish: Wish | None = None
     times: Annotated[tuple[HopTime, ...], msgspec.Meta(max_length=512)] = ()
+    sequence_length: Count = 0
     payload: dict[str, Any] = {}
 
 

@@ -5,7 +5,8 @@ so the digest of one page names all of a beginning.
 
 1. A digest is of bytes that were received here. What somebody else says of what he sent, or will
    send, is looked up and never believed: who claims what he does not send gets what he claimed.
-2. How positions were cut into steps changes no digest; the model and the payload's form do.
+2. How positions were cut into steps changes no digest; the model and the payload's form do, and
+   the `sequence_length` of their steps: other positions are computed of the same payload then.
 3. A page counts once its last position is computed, and until a step that rolls it back comes.
 4. The index is bounded: what does not fit is not found, and nothing else happens.
 """
@@ -14,7 +15,7 @@ import hashlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -60,7 +61,7 @@ class Digests:
         self._states: deque[tuple[Hashable, Any]] = deque(maxlen=page)
         self._is_lost = False  # what follows cannot be told, until it goes back to a page's begin
 
-    def add(self, start: int, payload: Payload) -> None:
+    def add(self, start: int, payload: Payload, sequence_length: int = 0) -> None:
         """Go on with these positions from `start`; earlier ones from there on are rolled back.
 
         What cannot be cut into positions (several rows, a mask) adds no pages, nor what follows it.
@@ -71,26 +72,27 @@ class Digests:
             self._is_lost = True
             return
         for place in range(form.count):
-            if not self._take(form, place):
+            if not self._take(form, place, sequence_length):
                 self._is_lost = True
                 return
 
-    def _take(self, form: _Form, place: int) -> bool:
+    def _take(self, form: _Form, place: int, sequence_length: int) -> bool:
         """Add one position; False if it cannot be told."""
+        kind = (form.kind, sequence_length) if sequence_length else form.kind
         if self._length % self._page == 0:
             if len(self.pages) >= MOST_PAGES:
                 return False
             before = self.pages[-1] if self.pages else b""
-            seed = (self._fingerprint, self._page, before, form.kind)
+            seed = (self._fingerprint, self._page, before, kind)
             state = hashlib.sha256(repr(seed).encode())
-        elif self._states[-1][0] == form.kind:
+        elif self._states[-1][0] == kind:
             state = self._states[-1][1].copy()
         else:
             return False
         for view, size in form.views.values():
             state.update(view[place * size : (place + 1) * size])
         self._length += 1
-        self._states.append((form.kind, state))
+        self._states.append((kind, state))
         if self._length % self._page == 0:
             self.pages.append(state.digest()[:DIGEST_BYTES])
         return True
@@ -122,7 +124,10 @@ def ids_payload(ids: Sequence[int]) -> Payload:
 
 
 def prefix_of(
-    prompt: Sequence[int], fingerprint: str, page: int = PAGE_POSITIONS
+    prompt: Sequence[int],
+    fingerprint: str,
+    page: int = PAGE_POSITIONS,
+    sequence_length: int = 0,
 ) -> tuple[bytes, ...]:
     """The digests of the pages that a session with this prompt can begin with.
 
@@ -131,7 +136,7 @@ def prefix_of(
     pages = min((len(prompt) - 1) // page, MOST_PAGES)
     digests = Digests(fingerprint, page)
     if pages > 0:
-        digests.add(0, ids_payload(prompt[: pages * page]))
+        digests.add(0, ids_payload(prompt[: pages * page]), sequence_length)
     return tuple(digests.pages)
 
 
@@ -182,17 +187,20 @@ def paged(history: History, pages: int, page: int = PAGE_POSITIONS) -> list[Entr
     cannot be cut into positions.
     """
     shared = history.entries[: min(pages, leading_pages(history, page))]
-    entries = [Entry(entry.serial, entry.start, entry.payload, "none") for entry in shared]
+    entries = [replace(entry, wanted="none", wish=None, times=()) for entry in shared]
     runs = _runs(history.entries[len(entries) :], len(entries) * page)
     for number in range(len(entries), pages):
-        payload = _joined(runs, number * page, (number + 1) * page)
-        if payload is None:
+        joined = _joined(runs, number * page, (number + 1) * page)
+        if joined is None:
             return None
-        entries.append(Entry(number + 1, number * page, payload, "none"))
+        payload, length = joined
+        entry = Entry(number + 1, number * page, payload, "none", sequence_length=length)
+        entries.append(entry)
     return entries
 
 
-_Run = tuple[int, int, _Form]  # from this position to that, what was sent on
+_Run = tuple[int, int, _Form, int]  # from this position to that, what was sent on, and for which
+# sequence length
 
 
 def _runs(entries: Sequence[Entry], start: int) -> list[_Run]:
@@ -205,23 +213,25 @@ def _runs(entries: Sequence[Entry], start: int) -> list[_Run]:
         end = start + form.count
         if following is not None:  # what it rolled back of this one is not counted
             end = min(end, following.start)
-        runs.append((start, end, form))
+        runs.append((start, end, form, entry.sequence_length))
         start = end
     return runs
 
 
-def _joined(runs: Sequence[_Run], start: int, stop: int) -> Payload | None:
-    """The positions from `start` to `stop` as one payload, None if they do not fit or lack any."""
+def _joined(runs: Sequence[_Run], start: int, stop: int) -> tuple[Payload, int] | None:
+    """The positions from `start` to `stop` as one payload, and for which sequence length; None if
+    they do not fit or lack any.
+    """
     first = bisect_right(runs, start, key=lambda run: run[0]) - 1
+    within = list(takewhile(lambda run: run[0] < stop, runs[max(first, 0) :]))
     parts = [
-        (form, max(start, begin) - begin, min(stop, end) - begin)
-        for begin, end, form in takewhile(lambda run: run[0] < stop, runs[max(first, 0) :])
+        (form, max(start, begin) - begin, min(stop, end) - begin) for begin, end, form, _ in within
     ]
-    kinds = {form.kind for form, _, _ in parts}
+    kinds = {(form.kind, length) for _, _, form, length in within}
     if len(kinds) != 1 or sum(end - begin for _, begin, end in parts) != stop - start:
         return None
-    (kind,) = kinds
-    return {
+    ((kind, length),) = kinds
+    payload = {
         name: Tensor(
             dtype,
             (1, stop - start, *tail),
@@ -229,6 +239,7 @@ def _joined(runs: Sequence[_Run], start: int, stop: int) -> Payload | None:
         )
         for name, dtype, tail in kind
     }
+    return payload, length
 
 
 def _cut(tensor: tuple[memoryview, int], begin: int, end: int) -> memoryview:
@@ -249,7 +260,7 @@ class Pages:
     shortest: int | None = None  # the least length at which its cache can be shared, as last told
     _end: int = 0  # of what was admitted
     _cuts: deque[tuple[int, int]] = field(default_factory=deque)  # serial, start of rollbacks
-    _unread: list[tuple[int, Payload]] = field(default_factory=list)  # they complete no page
+    _unread: list[tuple[int, Payload, int]] = field(default_factory=list)  # they complete no page
 
     @classmethod
     def begun(cls, fingerprint: str, page: int, digests: Sequence[bytes] = ()) -> "Pages":
@@ -267,14 +278,14 @@ class Pages:
         """How many pages count."""
         return min(len(self.received.pages), self.length // self.page)
 
-    def admitted(self, serial: int, start: int, payload: Payload) -> None:
+    def admitted(self, serial: int, start: int, payload: Payload, sequence_length: int = 0) -> None:
         """A step was admitted, and is not computed yet."""
         if start < self._end:
             self._cuts.append((serial, start))
             self.length = min(self.length, start)
         is_next = start == self._end and _is_one_position(payload)
         self._end = start + (1 if is_next else length_of(payload))
-        self._unread.append((start, payload))
+        self._unread.append((start, payload, sequence_length))
         # single ones can wait until a page is full: somebody waits for what comes of each
         if not is_next or self._end % self.page == 0 or len(self._unread) >= _MOST_UNREAD:
             for each in self._unread:

@@ -158,7 +158,12 @@ class Session:
         return self._taken()
 
     def step(
-        self, start: int, payload: Payload, wanted: Wanted, wish: Wish | None = None
+        self,
+        start: int,
+        payload: Payload,
+        wanted: Wanted,
+        wish: Wish | None = None,
+        sequence_length: int = 0,
     ) -> list[Action]:
         """Send inputs for positions from `start`; earlier inputs from there on are rolled back.
 
@@ -166,7 +171,7 @@ class Session:
         an output: a hop that holds the page computes none.
         """
         if self._serial < self.pages:
-            self._check_page(start, payload, wanted)
+            self._check_page(start, payload, wanted, sequence_length)
         else:
             self._prefix = self._prefix[: start // self._page]
         self._serial += 1
@@ -175,7 +180,8 @@ class Session:
             self._unanswered.pop()  # it leaves the log: no replay would answer it
         if wanted != "none":
             self._unanswered.append((self._serial, start))
-        self.log.append(Entry(self._serial, start, payload, wanted, wish))
+        entry = Entry(self._serial, start, payload, wanted, wish, sequence_length=sequence_length)
+        self.log.append(entry)
         self._flush()
         return self._taken()
 
@@ -257,10 +263,12 @@ class Session:
                 self._end_downlink()
                 self._ended_unasked(self.route[-1])
 
-    def _check_page(self, start: int, payload: Payload, wanted: Wanted) -> None:
+    def _check_page(
+        self, start: int, payload: Payload, wanted: Wanted, sequence_length: int
+    ) -> None:
         """ValueError unless the next step is the page that the first Open promised."""
         count = self._serial + 1
-        self._paged.add(start, payload)
+        self._paged.add(start, payload, sequence_length)
         is_next = start == self._serial * self._page and length_of(payload) == self._page
         is_page = self._paged.pages == list(self._prefix[:count])
         if not is_next or not is_page or wanted != "none":

@@ -19,9 +19,9 @@ from swarm.messages import Open
 from swarm.prefix import (
     PAGE_POSITIONS,
     Beginning,
+    Digests,
     Index,
     Pages,
-    digests_of,
     leading_pages,
     paged,
     split,
@@ -171,8 +171,10 @@ class Sharing:
             return (), ()
         if len(giver.vouched) >= pages:
             return tuple(entries), giver.vouched[:pages]
-        payloads = [entry.payload for entry in entries]
-        vouched = tuple(split(digests_of(payloads, self._fingerprint, self.page)))
+        sent = Digests(self._fingerprint, self.page)
+        for entry in entries:
+            sent.add(entry.start, entry.payload, entry.sequence_length)
+        vouched = tuple(sent.pages)
         if leading_pages(giver.history, self.page) >= pages:
             giver.vouched = vouched  # others will ask for the same
         return tuple(entries), vouched

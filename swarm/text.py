@@ -63,6 +63,28 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthScaling:
+    """How the model's positions are computed by the length of a text.
+
+    They change beyond each of `switches`, and with each length beyond `grows_after`. A text that
+    grows beyond `anew_after` is computed anew from its first position.
+    """
+
+    switches: tuple[Size, ...] = ()
+    grows_after: Size | None = None
+    anew_after: Size | None = None
+
+    def regime(self, length: int) -> int:
+        """The least length whose positions are computed as those of this one; 0: of short ones."""
+        if self.grows_after is not None and length > self.grows_after:
+            return length
+        return max((switch + 1 for switch in self.switches if length > switch), default=0)
+
+
+ANY_LENGTH = LengthScaling()  # of most models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
     """What a client must know of the model: model.json, made by a server from its checkpoint."""
 
@@ -76,6 +98,7 @@ class ModelCard:
     end_of_sequence_ids: tuple[TokenId, ...]  # generation ends with any of them
     begin_of_sequence_id: TokenId | None = None
     generation: GenerationDefaults = GenerationDefaults()
+    length_scaling: LengthScaling = ANY_LENGTH
 
     @classmethod
     def read(cls, data: bytes) -> "ModelCard":

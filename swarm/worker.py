@@ -72,6 +72,7 @@ class Worker:
             outputs=step.wanted,
             candidates=wish,
             client=client,
+            sequence_length=step.sequence_length,
         )
         size = bytes_of(job.payload)
         self._sizes.setdefault(leg, deque()).append(size)

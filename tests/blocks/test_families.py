@@ -20,7 +20,7 @@ from blocks.hf.release import model_types
 from blocks.matrix import Request, examine_all, examine_here
 from blocks.proven import Verdict, verdict_of
 from blocks.report import CHECKS, EXACT, ROUNDING, SERVING, Check, Family, Takes, counts, outcome_of
-from blocks.shrink import BLOCKS, kept_layers, shrunk, tiny_config
+from blocks.shrink import BLOCKS, ORIGINAL, kept_layers, shrunk, tiny_config
 from blocks.stack import Stack
 
 # One of each kind: positions, norms, caches, experts, routing, wrapping.
@@ -72,6 +72,17 @@ def trial(model_type: str) -> Family:
 
 
 # Making configs tiny
+
+
+def test_a_scaling_by_length_changes_within_the_texts_of_the_trial() -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    config = shrunk(AutoConfig.for_model("llama", rope_parameters=dynamic))
+    assert (config.max_position_embeddings, config.rope_parameters["factor"]) == (ORIGINAL, 4.0)
+    for name in ("phi3", "phimoe", "minicpm3"):
+        told = tiny_config(name).rope_parameters
+        assert told["rope_type"] == "longrope"
+        assert told["original_max_position_embeddings"] == ORIGINAL
+        assert told["short_factor"] != told["long_factor"]
 
 
 def test_every_kind_of_layer_is_kept() -> None:
@@ -405,3 +416,15 @@ def test_every_family_that_is_listed_as_proven_still_is() -> None:
     assert not lost
     assert counts(found)["serving"] >= 100
     assert all(family.is_exact or family.reason for family in found)
+
+
+@pytest.mark.parametrize("name", ["phi3", "minicpm3"])
+def test_the_trial_of_a_scaling_by_length_fails_where_passes_are_not_told_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not {"decode", "chunked", "joined"} & {
+        c.name for c in trial(name).checks if c.outcome == "fails"
+    }
+    monkeypatch.setattr(Stack, "regime", lambda *_: 0)
+    outcomes = {check.name: check.outcome for check in trial(name).checks}
+    assert (outcomes["chunked"], outcomes["joined"]) == ("fails", "fails")

@@ -234,9 +234,11 @@ def test_what_is_not_in_pages_is_not_parked(llama: TinyModel) -> None:
 
 
 def test_memory_is_reserved_for_all_blocks_alike(llama: TinyModel) -> None:
-    plain, paged = both(llama)
+    _, paged = both(llama)
     page_bytes = PAGE * 2 * 2 * 8 * 4
-    paged.reserve(50 * BLOCKS * page_bytes + 1)
+    cache = paged.new_cache()
+    paged.run(some_ids(1), cache=cache)
+    pools_of(paged).reserve(50 * BLOCKS * page_bytes + 1, cache.ledger)
+    del cache
     (pool,) = pools_of(paged)
     assert (pool.pages, pool.held) == (50 * BLOCKS, 0)
-    plain.reserve(1 << 60)  # has no pages: nothing to take
