@@ -4,8 +4,9 @@ On this layout a product of few rows reads the matrix at nearly the speed of mem
 is no slower than on the plain one. The plain layout costs a third more for one row, and twice as
 much for four (`scripts/step_bench.py`).
 
-1. A row's product is the same to the bit whatever rows are beside it, but differs from the plain
-   layout's by rounding.
+1. A row's product is the same to the bit whatever rows are beside it, up to `ALIKE_ROWS` in all, as
+   many as a joint pass has. Of more it is too, but for bfloat16 on CPUs with AMX: there it differs
+   by the order of the sums. From the plain layout's it differs by rounding everywhere.
 2. A matrix is held once: packed, or plain where other code looks at it. A tied head is packed
    beside the embedding if tokens are looked up here, else in its place.
 3. Packing leaves room: it stops while a part of the memory that was free still is.
@@ -31,6 +32,10 @@ LEAST_TIED_VALUES = 2**24
 
 # Of the memory that is free before packing, what caches, histories and steps may need.
 KEPT_SHARE = 0.2
+
+# With AMX the kernel adds up a row in pieces that depend on how many more than these there are; in
+# groups of so many a prompt of 256 would take 2 to 6 times as long.
+ALIKE_ROWS = 32
 
 # The layout is chosen for so many rows; it is as good for one as any, and better for many.
 _TYPICAL_ROWS = 16

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from blocks.proven import proven, verdict_for
+from blocks.proven import kept_verdict, proven, verdict_for
 from swarm.client import enter
 from swarm.console import Console
 from swarm.errors import BadInput, SwarmError
@@ -25,7 +25,7 @@ from swarm.notebook import Notebook
 from swarm.peers import PeerTable
 from swarm.reading import read_tables
 from swarm.record import PeerRecord
-from swarm.settings import DEMO_FOLDER, ServeSettings
+from swarm.settings import DEMO_FOLDER, ServeSettings, cache_home
 from swarm.tasks import in_thread
 from swarm.transport import Host
 
@@ -110,15 +110,20 @@ async def describe_swarms(host: Host, invite: Invite | None) -> Description:
 async def check_proven(description: Description, settings: ServeSettings, console: Console) -> None:
     """Refuse a model type that is known, or found now, not to compute the same when cut.
 
-    What is in no list is tried, for some seconds. BadInput unless it holds or the user insists.
+    What is in no list is tried once on this machine, for some seconds. BadInput unless it holds or
+    the user insists.
     """
     checkpoint = description.checkpoint
     verdict = proven(str(checkpoint.config.model_type), metadata.version("transformers"))
     if verdict.is_tested and verdict.is_proven:
         return
     if not verdict.is_tested:
-        console.note(f"{verdict.sentence}; trying it")
-        verdict = await in_thread(partial(verdict_for, checkpoint))
+        folder = cache_home() / "verdicts"
+        kept = kept_verdict(checkpoint, folder)
+        if kept is None:
+            console.note(f"{verdict.sentence}; trying it")
+            kept = await in_thread(partial(verdict_for, checkpoint, folder))
+        verdict = kept
     if verdict.is_proven or settings.is_unproven:
         console.note(verdict.sentence)
         return

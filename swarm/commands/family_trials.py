@@ -190,7 +190,7 @@ _DEFINITIONS = (
     "code that serves, and compared with the whole model of transformers on the same ids in the",
     "same chunks. What is tried is the default configuration of a type (a few that leave out the",
     "very thing the type is for are told it); of a type or version that is not listed, a server",
-    "tries its checkpoint's own configuration as it loads.",
+    "tries its checkpoint's own configuration once, before it serves.",
     "Decoders of encoder-decoder models are tried alone, without what an encoder says; composites",
     "of text and vision are saved whole and serve their text part.",
     "",

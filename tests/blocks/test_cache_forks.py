@@ -1,5 +1,6 @@
 """Caches that share what they have in common go on as if they never had."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BLOCKS, WINDOW, TinyModel, assert_same, some_ids, whole_logits
+from tiny_models import BLOCKS, WINDOW, TinyModel, some_ids, whole_logits
 
 from blocks.cache import StackCache
 from blocks.errors import BlocksError, StepError
@@ -89,9 +90,19 @@ def assert_alone(stack: Stack, session: Session) -> None:
 
 
 def assert_whole(model: TinyModel, stack: Stack, session: Session) -> None:
-    """What the session says next is what the whole model says after its ids."""
+    """What the session says next is what the whole model says after its ids, in 64 bits.
+
+    In 32 bits gemma3n_text is off by up to 4e-5 itself, more on some CPUs than on others: what
+    the whole model is off by for these ids is allowed beside the usual 1e-5.
+    """
     ours = go_on(stack, session, 2, 99)
-    assert_same(ours, whole_logits(model, session.ids)[:, -2:])
+    whole = copy.deepcopy(model.whole).double()
+    whole.set_experts_implementation("eager")  # the grouped product has no 64 bits
+    with torch.inference_mode():
+        exact = whole(input_ids=session.ids, use_cache=False).logits
+    own = float((whole_logits(model, session.ids) - exact).abs().max())
+    assert exact.std() > 0.1
+    torch.testing.assert_close(ours.double(), exact[:, -2:], rtol=0, atol=1e-5 + own)
 
 
 Change = tuple[str, int, int]  # what, of which session, how much

@@ -1,5 +1,6 @@
 """Families are cut, compared and told apart; what is proven is known, what is not is tried."""
 
+import copy
 import json
 import os
 import signal
@@ -349,6 +350,84 @@ def test_a_type_that_is_not_listed_is_tried_with_its_own_config(
     assert verdict.is_tested
     assert frozenset(SERVING) <= verdict.holds
     assert "untested" in verdict.sentence
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[Family]:
+    """What trials come to from now on, each in turn; in no list is anything known."""
+    coming: list[Family] = []
+
+    def examine(requests: Any, **_named: Any) -> list[Family]:
+        return [coming.pop(0)]
+
+    monkeypatch.setattr(proven, "examine_all", examine)
+    monkeypatch.setattr(proven, "_listed_once", lambda: {"1.0": {}})
+    return coming
+
+
+def test_what_is_in_no_list_is_tried_once_per_machine_config_release_and_code(
+    llama: TinyModel, trials: list[Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verdict(checkpoint: Checkpoint = llama.checkpoint) -> Verdict:
+        return proven.verdict_for(checkpoint, tmp_path)
+
+    trials[:] = [_family(batch="fails")]
+    assert proven.kept_verdict(llama.checkpoint, tmp_path) is None
+    first = verdict()
+    again = verdict()
+    assert (again.is_proven, again.is_tested, again.holds) == (True, True, first.holds)
+    assert "is not among the releases" in again.sentence
+    assert "tried before on this machine" in again.sentence
+    elsewhere = replace(llama.checkpoint, folder=tmp_path)
+    elsewhere.config._name_or_path = "elsewhere"
+    assert verdict(elsewhere) == again
+
+    trials[:] = [_family(decode="fails")] * 3
+    other = copy.deepcopy(llama.checkpoint.config)
+    other.rms_norm_eps *= 2
+    assert not verdict(replace(llama.checkpoint, config=other)).is_proven
+    assert verdict().is_proven
+    monkeypatch.setattr(proven, "_code", lambda: "other code")
+    assert not verdict().is_proven
+    monkeypatch.setattr(proven.metadata, "version", lambda _name: "9.9")
+    assert not verdict().is_proven
+    assert not trials
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"\xff",
+        b"[]",
+        b'{"serving": true, "holds": [], "reason": ""}',
+        b'{"serving": false, "holds": [[]], "reason": ""}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_verdict_is_none_and_is_made_anew(
+    llama: TinyModel, trials: list[Family], tmp_path: Path, damaged: bytes
+) -> None:
+    trials[:] = [_family(), _family(decode="fails")]
+    proven.verdict_for(llama.checkpoint, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(damaged)
+    assert not proven.verdict_for(llama.checkpoint, tmp_path).is_proven
+    assert not proven.verdict_for(llama.checkpoint, tmp_path).is_proven
+    assert not trials
+
+
+def test_a_trial_that_did_not_end_or_cannot_be_kept_is_made_again(
+    llama: TinyModel, trials: list[Family], tmp_path: Path
+) -> None:
+    trials[:] = [Family("llama", (), "was not done after 60 s"), _family(), _family()]
+    assert not proven.verdict_for(llama.checkpoint, tmp_path).is_proven
+    assert not list(tmp_path.iterdir())
+    file = tmp_path / "file"
+    file.touch()
+    for _ in range(2):
+        assert proven.verdict_for(llama.checkpoint, file).is_proven
+    assert not trials
 
 
 def test_a_type_that_fails_its_own_trial_is_not_proven(tmp_path: Path) -> None:

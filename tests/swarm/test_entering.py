@@ -9,6 +9,7 @@ import trio
 from gossiping import IDENTITIES, record
 
 from blocks.proven import Verdict
+from blocks.report import CHECKS, Check, Family
 from swarm.entering import addresses_of, check_proven, entry_of, port_of
 from swarm.errors import BadInput
 from swarm.identity import first_free_identity, identity_from
@@ -88,7 +89,7 @@ def test_amounts_blocks_models_and_names_are_read() -> None:
 
 
 def described(model_type: str) -> SimpleNamespace:
-    config = SimpleNamespace(model_type=model_type)
+    config = SimpleNamespace(model_type=model_type, to_dict=lambda: {"model_type": model_type})
     return SimpleNamespace(checkpoint=SimpleNamespace(config=config))
 
 
@@ -124,10 +125,23 @@ def test_a_model_type_in_no_list_is_tried_and_that_is_said(
     holds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Verdict(holds, "it was tried")
-    monkeypatch.setattr("swarm.entering.verdict_for", lambda _checkpoint: told)
+    monkeypatch.setattr("swarm.entering.verdict_for", lambda _checkpoint, _folder: told)
     if holds:
         assert checked("unheard_of")[1:] == ["it was tried"]
         assert "unheard_of" in checked("unheard_of")[0]
         return
     with pytest.raises(BadInput, match="it was tried"):
         checked("unheard_of")
+
+
+def test_a_verdict_that_was_kept_is_said_in_one_line_and_nothing_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held = Family("new", tuple(Check(name, "holds", 0.0) for name in CHECKS))
+    monkeypatch.setenv("SWARM_HOME", str(tmp_path))
+    monkeypatch.setattr("blocks.proven._listed_once", lambda: {"1.0": {}})
+    monkeypatch.setattr("blocks.proven.examine_all", lambda _requests, **_named: [held])
+    assert len(checked("new")) == 2
+    monkeypatch.delattr("blocks.proven.examine_all")
+    (told,) = checked("new")
+    assert "is not among the releases that this version was tried with (1.0); model type" in told
