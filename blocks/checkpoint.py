@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from blocks.errors import CheckpointError
+from blocks.generation import Generation, read_generation
 
 SMALL_FILES = (
     "config.json",
@@ -34,7 +35,6 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 CARD_FORMAT = 1
-_GENERATION_DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 # safetensors itself refuses longer headers
 _HEADER_BYTES_LIMIT = 100_000_000
@@ -217,17 +217,9 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a client without torch must know of the model, as JSON can hold it.
 
     It is the same wherever the checkpoint lies: the name is that of its architecture.
-    Ends of sequence are those at which transformers' `generate` stops: the generation config's if
-    the checkpoint has one, else the config's.
+    Ends of sequence are those at which transformers' `generate` stops: see `read_generation`.
     """
-    path = checkpoint.folder / "generation_config.json"
-    generation = _json_object(path) if path.is_file() else None
-    text = checkpoint.config.get_text_config(decoder=True)
-    special = {
-        key: generation.get(key) if generation is not None else getattr(text, key, None)
-        for key in ("eos_token_id", "bos_token_id")
-    }
-    ends, begin = special["eos_token_id"], special["bos_token_id"]
+    generation = generation_of(checkpoint)
     return {
         "format": CARD_FORMAT,
         "name": str(next(iter(checkpoint.config.architectures or ()), checkpoint.model_type)),
@@ -236,12 +228,15 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "hidden_size": checkpoint.hidden_size,
         "vocabulary_size": checkpoint.vocabulary_size,
         "context_length": checkpoint.context_length,
-        "end_of_sequence_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
-        "begin_of_sequence_id": begin,
-        "generation": {
-            key: generation[key] for key in _GENERATION_DEFAULTS if generation and key in generation
-        },
+        "end_of_sequence_ids": generation.end_ids,
+        "begin_of_sequence_id": generation.begin_id,
+        "generation": generation.settings,
     }
+
+
+def generation_of(checkpoint: Checkpoint) -> Generation:
+    """What the checkpoint's files say of how transformers' `generate` is to choose."""
+    return read_generation(checkpoint.folder, checkpoint.vocabulary_size)
 
 
 def _config(folder: Path) -> PretrainedConfig:

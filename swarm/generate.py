@@ -2,7 +2,7 @@
 
 1. The tokens are those of the model: a failed route or a draft changes when they come, not which.
 2. Generation ends with an end-of-sequence id, at `most_tokens`, or when `on_token` says so.
-3. Under a guide no other id is chosen than one that it allows.
+3. Under a guide no other id is chosen than one that it allows, whatever the rules say.
 """
 
 import math
@@ -18,6 +18,7 @@ from swarm.client_session import ClientSession
 from swarm.errors import BadInput, PeerFault
 from swarm.messages import HopTime, Wish
 from swarm.prefix import PAGE_POSITIONS, ids_payload
+from swarm.rules import Rules
 from swarm.sampling import (
     Candidates,
     SamplingSettings,
@@ -73,6 +74,11 @@ class GenerateSettings:
     most_tokens: int
     end_ids: frozenset[int]
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    rules: Rules = field(default_factory=Rules)
+
+    def changes(self, ids: Sequence[int], prompt: Sequence[int]) -> dict[int, float]:
+        """What the rules add to the logits of the id behind `ids`, which begin with the prompt."""
+        return self.rules.changes(ids, len(prompt), self.most_tokens, self.end_ids)
 
 
 @dataclass(slots=True)
@@ -127,16 +133,18 @@ async def generate(
     ids = list(prompt)
     counts = counts_of(ids, ())
     drafted: list[int] = []
-    wish = _next_wish(settings.sampling, counts, guide)
+    changes = [settings.changes(ids, prompt)]
+    wish = _next_wish(settings.sampling, counts, guide, changes)
     for start, chunk, is_last in _chunks(prompt, session.pages):
         session.step(start, ids_payload(chunk), "last" if is_last else "none", wish)
     while True:
         times, choices = await _next_choices(session, made, wish, len(drafted) + 1)
         if guide is not None:
-            choices = [await _allowed(session, ids, settings.sampling, guide, choices[0])]
+            left = await _allowed(session, ids, settings.sampling, guide, choices[0], changes[0])
+            choices = [left]
         on_step(times, choices)
         for place, candidates in enumerate(choices):
-            token = choose(candidates, settings.sampling, len(ids), counts)
+            token = choose(candidates, settings.sampling, len(ids), counts, changes[place])
             ids.append(token)
             counts[token] = counts.get(token, 0) + 1
             made.token_ids.append(token)
@@ -149,7 +157,9 @@ async def generate(
             guide.take(token)
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
-        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide)
+        ahead = [ids, *([*ids, *drafted[: place + 1]] for place in range(len(drafted)))]
+        changes = [settings.changes(text, prompt) for text in ahead]
+        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide, changes)
         step = [ids[-1], *drafted]
         session.step(len(ids) - 1, ids_payload(step), "all" if drafted else "last", wish)
 
@@ -211,14 +221,20 @@ def _states(payload: Mapping[str, Tensor], count: int) -> NDArray[np.float32]:
     return values.reshape(count, -1)
 
 
-def _next_wish(sampling: SamplingSettings, seen: Iterable[int], guide: Guide | None) -> Wish:
-    """What to ask the last hop for, so that the next id can be chosen."""
+def _next_wish(
+    sampling: SamplingSettings,
+    seen: Iterable[int],
+    guide: Guide | None,
+    changes: Sequence[Mapping[int, float]],
+) -> Wish:
+    """What to ask the last hop for, so that the next ids can be chosen, each under its changes."""
+    changed = set().union(*changes)
     if guide is None:
-        return wish_for(sampling, seen)
+        return wish_for(sampling, seen, changed_ids=changed)
     few = guide.few()
     if few is None:
-        return wish_for(sampling, seen, count=GUIDED_COUNT)
-    return wish_for(replace(sampling, allowed=few), seen)
+        return wish_for(sampling, seen, count=GUIDED_COUNT, changed_ids=changed)
+    return wish_for(replace(sampling, allowed=few), seen, changed_ids=changed)
 
 
 async def _allowed(
@@ -227,14 +243,15 @@ async def _allowed(
     sampling: SamplingSettings,
     guide: Guide,
     candidates: Candidates,
+    changes: Mapping[int, float],
 ) -> Candidates:
-    """What the guide leaves of the candidates. If that is nothing the last position is computed
-    once more, for the likeliest of all that it allows.
+    """What the guide leaves of the candidates. If that is nothing, or nothing that the changes do
+    not forbid, the last position is computed once more, for the likeliest of all that it allows.
     """
     left = guide.narrowed(candidates)
-    if left is not None:
+    if left is not None and (guide.few() is not None or left.has_other_than(changes)):
         return left
-    wish = wish_for(replace(sampling, allowed=guide.every()), set(ids))
+    wish = wish_for(replace(sampling, allowed=guide.every()), set(ids), changed_ids=changes)
     session.step(len(ids) - 1, ids_payload(ids[-1:]), "last", wish)
     output = await session.next_output()
     found = candidates_from(output.payload, wish)

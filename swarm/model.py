@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 
-from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
+from blocks.checkpoint import Checkpoint, generation_of, model_card, open_checkpoint, small_files
 from blocks.checkpoint import fingerprint as checkpoint_digest
 from blocks.digest import block_digests
 from blocks.errors import BlocksError
@@ -49,6 +49,7 @@ class Description:
     files: SmallFiles
     checkpoint_digest: str
     fingerprint: str
+    notes: tuple[str, ...] = ()  # what its owner should know before it is served
     hub: HubModel | None = None  # where shards come from that are not here
 
     @property
@@ -92,6 +93,7 @@ def describe(folder: Path, hub: HubModel | None = None) -> Description:
         files=small,
         checkpoint_digest=digest,
         fingerprint=fingerprint_of(digest, small.digest),
+        notes=generation_of(checkpoint).notes,
         hub=hub,
     )
 

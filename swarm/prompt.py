@@ -62,7 +62,8 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     began = trio.current_time()
     client.is_exact = settings.is_exact
     sampling = sampling_of(card.generation, settings)
-    speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
+    stops = (*settings.stops, *card.generation.stop_strings)
+    speaker = _Speaker(TextStream(tokens, prompt), StopScanner(stops), on_text)
     patience = settings.route_seconds
     async with client.session(len(prompt) + most, prompt=prompt, route_seconds=patience) as session:
         opening_seconds = trio.current_time() - began
@@ -73,6 +74,7 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
                 most_tokens=most,
                 end_ids=frozenset(card.end_of_sequence_ids),
                 sampling=sampling,
+                rules=card.generation.rules,
             ),
             speaker.say,
         )
@@ -86,6 +88,7 @@ def sampling_of(defaults: GenerationDefaults, settings: PromptSettings) -> Sampl
         temperature=settings.temperature,
         top_p=settings.top_p if settings.top_p is not None else defaults.top_p or 1.0,
         top_k=settings.top_k if settings.top_k is not None else defaults.top_k or 0,
+        min_p=defaults.min_p or 0.0,
         repetition_penalty=defaults.repetition_penalty or 1.0,
         seed=settings.seed if settings.seed is not None else secrets.randbits(32),
     )

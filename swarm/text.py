@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from swarm.errors import BadInput, PeerFault
+from swarm.rules import Rules
 from swarm.sampling import SamplingSettings
 
 UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
@@ -46,7 +47,10 @@ class GenerationDefaults:
     temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Above0 | None = None
+    rules: Rules = field(default_factory=Rules)
+    stop_strings: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
 
     def settings(self, *, seed: int = 0) -> SamplingSettings:
         """The settings under which transformers' `generate` would run this model."""
@@ -57,6 +61,7 @@ class GenerationDefaults:
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=DEFAULT_TOP_K if self.top_k is None else self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
             repetition_penalty=penalty,
             seed=seed,
         )
