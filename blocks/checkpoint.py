@@ -40,6 +40,23 @@ CARD_FORMAT = 1
 _HEADER_BYTES_LIMIT = 100_000_000
 _LENGTH_BYTES = 8  # before the header: its length, little-endian
 
+# What a config may say at most, by the end of the field's name: far beyond any model there is.
+_MOST = (
+    *((ending, 100_000) for ending in ("layers", "layer", "experts", "labels", "heads")),
+    *((ending, 1 << 24) for ending in ("size", "dim", "n_embd", "d_model", "n_inner", "ffn")),
+)
+# What configs raise on values that are none.
+_UNFIT = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
 # Families without positions of their own (alibi) name no bound; one is needed to reserve memory.
 _ASSUMED_CONTEXT = 2048
 
@@ -134,14 +151,15 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
             )
     config = _config(folder)
     text = config.get_text_config(decoder=True)
+    widest = max((size for entry in tensors.values() for size in entry.shape), default=0)
     return Checkpoint(
         folder=folder,
         config=config,
         tensors=tensors,
         shards=shards,
-        blocks=_positive(text, "num_hidden_layers", folder),
-        hidden_size=_positive(text, "hidden_size", folder),
-        vocabulary_size=_positive(text, "vocab_size", folder),
+        blocks=_positive(text, "num_hidden_layers", folder, len(tensors)),
+        hidden_size=_positive(text, "hidden_size", folder, widest),
+        vocabulary_size=_positive(text, "vocab_size", folder, widest),
         context_length=context_length(text),
         model_type=str(text.model_type),
         shard_bytes={shard: head.byte_count for shard, head in found.items()},
@@ -149,11 +167,12 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:
-    """The shards that the index in `folder` names, or the one of a model without an index.
+    """The one shard that is whole by itself, if it is in `folder` or there is no index; else those
+    that the index names: transformers' own order.
 
     CheckpointError for an index that cannot be followed.
     """
-    if not (folder / INDEX_FILE).is_file():
+    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return (SINGLE_FILE,)
     return tuple(sorted(set(_index(folder).values())))
 
@@ -239,14 +258,41 @@ def generation_of(checkpoint: Checkpoint) -> Generation:
     return read_generation(checkpoint.folder, checkpoint.vocabulary_size)
 
 
+def refuse_absurd(told: object, path: Path) -> None:
+    """CheckpointError if a config tells of more than any model has: classes of configs and models
+    would make lists of such lengths.
+    """
+    parts = told.items() if isinstance(told, dict) else ()
+    for name, value in parts:
+        most = next((most for ending, most in _MOST if name.endswith(ending)), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise CheckpointError(
+                f"{path} says {name} {str(value)[:20]}, and no model has more than {most}; "
+                "fetch it again"
+            )
+        refuse_absurd(value, path)
+
+
+def refuse_encoder(config: PretrainedConfig, path: Path) -> None:
+    """CheckpointError for a model whose text depends on what an encoder has read."""
+    if config.is_encoder_decoder:
+        raise CheckpointError(
+            f"{path} describes an encoder with a decoder ({config.model_type}), and only decoders "
+            "are served; choose a causal language model"
+        )
+
+
 def _config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    refuse_absurd(_json_object(path), path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+    except _UNFIT as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is of no model type that transformers knows "
-            f"({_first_line(error)}); choose another model or a newer transformers"
+            f"({' '.join(str(error).split())[:300]}); choose another model or a newer transformers"
         ) from error
+    refuse_encoder(config, path)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         raise CheckpointError(
@@ -257,14 +303,16 @@ def _config(folder: Path) -> PretrainedConfig:
 
 def _shards(folder: Path, heads: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """The shards' file names, and the shard of each tensor by the index (empty without one)."""
-    if (folder / INDEX_FILE).is_file():
-        index = _index(folder)
-        return tuple(sorted(set(index.values()))), index
     places = [folder] if heads is None else [folder, heads]
     if any((place / SINGLE_FILE).is_file() for place in places):
         return (SINGLE_FILE,), {}
+    if (folder / INDEX_FILE).is_file():
+        index = _index(folder)
+        return tuple(sorted(set(index.values()))), index
     others = sorted(path.name for path in folder.glob("*.bin"))
+    named = sorted(one.name for one in folder.glob("*.safetensors") if "-of-" not in one.name)
     held = f"only {others[0]}, which can run code when read" if others else "no weights"
+    held = f"only {named[0]}, a name that transformers does not look for" if named else held
     raise CheckpointError(f"{folder} holds {held}; it must hold {SINGLE_FILE} or {INDEX_FILE}")
 
 
@@ -335,15 +383,17 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _positive(config: PretrainedConfig, name: str, folder: Path) -> int:
+def _positive(config: PretrainedConfig, name: str, folder: Path, most: int) -> int:
+    """The config's count of this name, of which the weights hold `most`."""
     value = getattr(config, name, None)
     if not isinstance(value, int) or value <= 0:
         raise CheckpointError(
             f"{folder / 'config.json'} has no usable {name}; name the folder of a causal language "
             "model"
         )
+    if value > most:
+        raise CheckpointError(
+            f"{folder / 'config.json'} says {name} {value}, more than the weights hold; "
+            "fetch the checkpoint again"
+        )
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

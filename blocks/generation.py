@@ -152,6 +152,6 @@ def _told(folder: Path) -> tuple[dict[str, Any], str, list[str]]:
             return told, FILE, notes
     whole = json.loads((folder / "config.json").read_text("utf-8"))
     parts = (whole.get(name) for name in ("decoder", "generator", "text_config"))
-    text = next((part for part in parts if part), {})
+    text: Any = next((part for part in parts if part), {})
     given = {name: value for name, value in whole.items() if value is not None}
     return {**(text if isinstance(text, dict) else {}), **given}, "config.json", notes
