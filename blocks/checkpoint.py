@@ -15,20 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError  # what configs check their fields with
 from safetensors import SafetensorError, safe_open
 
-from blocks.carve import anatomy
+from blocks.config import context_length, json_object, length_scaling, positive, read_config
 from blocks.errors import CheckpointError
-from blocks.hf.models import (
-    AutoConfig,
-    PretrainedConfig,
-    causal_class,
-    decoder_config,
-    text_config,
-)
-from blocks.hf.rotary import LengthScaling, Rotary, has_length_scaling, stretched
+from blocks.generation import Generation, read_generation
+from blocks.hf.models import PretrainedConfig, decoder_config
 
 SMALL_FILES = (
     "config.json",
@@ -43,14 +35,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 CARD_FORMAT = 1
-_GENERATION_DEFAULTS = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
 
 # safetensors itself refuses longer headers
 _HEADER_BYTES_LIMIT = 100_000_000
 _LENGTH_BYTES = 8  # before the header: its length, little-endian
-
-# Families without positions of their own (alibi) name no bound; one is needed to reserve memory.
-_ASSUMED_CONTEXT = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +129,17 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
                 f"{INDEX_FILE} of {folder} puts tensor {name} in {shard}, which lacks it; "
                 "fetch the checkpoint again"
             )
-    config = _config(folder)
+    config = read_config(folder)
     text = decoder_config(config)
+    widest = max((size for entry in tensors.values() for size in entry.shape), default=0)
     return Checkpoint(
         folder=folder,
         config=config,
         tensors=tensors,
         shards=shards,
-        blocks=_positive(text, "num_hidden_layers", folder),
-        hidden_size=_positive(text, "hidden_size", folder),
-        vocabulary_size=_positive(text, "vocab_size", folder),
+        blocks=positive(text, "num_hidden_layers", folder, len(tensors)),
+        hidden_size=positive(text, "hidden_size", folder, widest),
+        vocabulary_size=positive(text, "vocab_size", folder, widest),
         context_length=context_length(text),
         model_type=str(text.model_type),
         shard_bytes={shard: head.byte_count for shard, head in found.items()},
@@ -158,11 +147,12 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
 
 
 def shard_names(folder: Path) -> tuple[str, ...]:
-    """The shards that the index in `folder` names, or the one of a model without an index.
+    """The one shard that is whole by itself, if it is in `folder` or there is no index; else those
+    that the index names: transformers' own order.
 
     CheckpointError for an index that cannot be followed.
     """
-    if not (folder / INDEX_FILE).is_file():
+    if (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return (SINGLE_FILE,)
     return tuple(sorted(set(_index(folder).values())))
 
@@ -185,15 +175,6 @@ def open_shard(checkpoint: Checkpoint, shard: str) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"shard {path} cannot be read ({error}); fetch it again") from error
-
-
-def context_length(config: PretrainedConfig) -> int:
-    """The positions a decoder with this config can take."""
-    for name in ("max_position_embeddings", "seq_length", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return stretched(config, value)
-    return _ASSUMED_CONTEXT
 
 
 def small_files(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -226,17 +207,10 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a client without torch must know of the model, as JSON can hold it.
 
     It is the same wherever the checkpoint lies: the name is that of its architecture.
-    Ends of sequence are those at which transformers' `generate` stops: the generation config's if
-    the checkpoint has one, else the config's. `length_scaling` is there if positions go by length.
+    Ends of sequence are those at which transformers' `generate` stops: see `read_generation`.
+    `length_scaling` is there if positions go by length.
     """
-    path = checkpoint.folder / "generation_config.json"
-    generation = _json_object(path) if path.is_file() else None
-    text = decoder_config(checkpoint.config)
-    special = {
-        key: generation.get(key) if generation is not None else getattr(text, key, None)
-        for key in ("eos_token_id", "bos_token_id")
-    }
-    ends, begin = special["eos_token_id"], special["bos_token_id"]
+    generation = generation_of(checkpoint)
     scaling = length_scaling(checkpoint.config)
     return {
         "format": CARD_FORMAT,
@@ -246,57 +220,36 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "hidden_size": checkpoint.hidden_size,
         "vocabulary_size": checkpoint.vocabulary_size,
         "context_length": checkpoint.context_length,
-        "end_of_sequence_ids": [] if ends is None else ends if isinstance(ends, list) else [ends],
-        "begin_of_sequence_id": begin,
-        "generation": {
-            key: generation[key] for key in _GENERATION_DEFAULTS if generation and key in generation
-        },
+        "end_of_sequence_ids": generation.end_ids,
+        "begin_of_sequence_id": generation.begin_id,
+        "generation": generation.settings,
         **({"length_scaling": scaling.told()} if scaling else {}),
     }
 
 
-def length_scaling(config: PretrainedConfig) -> LengthScaling | None:
-    """How the model's positions are computed by the length of a text; None in most models."""
-    if not has_length_scaling(config.get_text_config(decoder=True)):
-        return None
-    config = text_config(config)
-    with torch.device("meta"):  # its modules tell, whatever the config says
-        model = causal_class(config)(config)
-    return Rotary(model, anatomy(model).inner).scaling
-
-
-def _config(folder: Path) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} is of no model type that transformers knows "
-            f"({_first_line(error)}); choose another model or a newer transformers"
-        ) from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        raise CheckpointError(
-            f"{folder} holds weights that are quantized already; name the folder of the original"
-        )
-    return config
+def generation_of(checkpoint: Checkpoint) -> Generation:
+    """What the checkpoint's files say of how transformers' `generate` is to choose."""
+    return read_generation(checkpoint.folder, checkpoint.vocabulary_size)
 
 
 def _shards(folder: Path, heads: Path | None) -> tuple[tuple[str, ...], dict[str, str]]:
     """The shards' file names, and the shard of each tensor by the index (empty without one)."""
-    if (folder / INDEX_FILE).is_file():
-        index = _index(folder)
-        return tuple(sorted(set(index.values()))), index
     places = [folder] if heads is None else [folder, heads]
     if any((place / SINGLE_FILE).is_file() for place in places):
         return (SINGLE_FILE,), {}
+    if (folder / INDEX_FILE).is_file():
+        index = _index(folder)
+        return tuple(sorted(set(index.values()))), index
     others = sorted(path.name for path in folder.glob("*.bin"))
+    named = sorted(one.name for one in folder.glob("*.safetensors") if "-of-" not in one.name)
     held = f"only {others[0]}, which can run code when read" if others else "no weights"
+    held = f"only {named[0]}, a name that transformers does not look for" if named else held
     raise CheckpointError(f"{folder} holds {held}; it must hold {SINGLE_FILE} or {INDEX_FILE}")
 
 
 def _index(folder: Path) -> dict[str, str]:
     """The shard of each tensor by the index. CheckpointError for one that cannot be followed."""
-    index = _json_object(folder / INDEX_FILE).get("weight_map")
+    index = json_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map; fetch it again")
     for shard in index.values():
@@ -349,27 +302,3 @@ def _read_head(path: Path) -> _Head:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"shard {path} has a damaged header; fetch it again") from error
     return _Head(tensors, _LENGTH_BYTES + length + end)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON; fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch it again")
-    return value
-
-
-def _positive(config: PretrainedConfig, name: str, folder: Path) -> int:
-    value = getattr(config, name, None)
-    if not isinstance(value, int) or value <= 0:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has no usable {name}; name the folder of a causal language "
-            "model"
-        )
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

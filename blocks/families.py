@@ -20,6 +20,7 @@ import torch
 from blocks.cache import StackCache
 from blocks.carve import forwards_of
 from blocks.checkpoint import open_checkpoint
+from blocks.config import length_scaling
 from blocks.errors import BlocksError, StepError
 from blocks.hf.forwards import takes_of
 from blocks.hf.models import PretrainedConfig
@@ -108,7 +109,7 @@ class _Trial:
             self.takes = Takes(takes_of(forwards_of(empty_model(checkpoint, 0, blocks))))
             cut = (range(blocks // 3), range(blocks // 3, blocks - 1), range(blocks - 1, blocks))
             self.stacks = [load_stack(checkpoint, span.start, span.stop) for span in cut]
-            self.scaling = self.stacks[0].length_scaling
+            self.scaling = length_scaling(checkpoint.config)
         except Exception as error:
             # the folder is another one in every run
             why = told(error).replace(str(folder), "what was saved")

@@ -14,7 +14,8 @@ import torch
 
 from blocks.cache import StackCache
 from blocks.carve import anatomy
-from blocks.checkpoint import Checkpoint, context_length
+from blocks.checkpoint import Checkpoint
+from blocks.config import context_length, refuse_absurd, refuse_encoder
 from blocks.errors import CheckpointError
 from blocks.hf.forwards import cache_argument, parameters_of
 from blocks.hf.models import (
@@ -52,7 +53,10 @@ def sketch(path: Path) -> Checkpoint:
     folder = path.parent if path.name == "config.json" else path
     try:
         given = json.loads((folder / "config.json").read_text("utf-8"))
-        config = text_config(AutoConfig.for_model(given.pop("model_type"), **given))
+        refuse_absurd(given, folder / "config.json")
+        whole = AutoConfig.for_model(given.pop("model_type"), **given)
+        refuse_encoder(whole, folder / "config.json")
+        config = text_config(whole)
         text = decoder_config(config)
         return Checkpoint(
             folder=folder,

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blocks.attention import Rows
 from blocks.carve import Skip, anatomy
-from blocks.checkpoint import context_length
+from blocks.config import context_length
 from blocks.errors import BlocksError
 from blocks.hf.attention import base_of, configs_of
 from blocks.hf.caches import DynamicCache
@@ -150,18 +150,20 @@ class Carved:
             if wanted is None:
                 self.parts.inner(**_only(shared, self.inner_takes))
             else:
-                shared["logits_to_keep"] = wanted
-                if self.sides.is_needed:
-                    # by number the family might drop positions while blocks still want them all
-                    shared["logits_to_keep"] = torch.arange(
-                        tokens - wanted, tokens, device=self.device
-                    )
-                logits = self.model(**_only(shared, self.whole_takes)).logits
-                logits = logits[:, -wanted:].float()  # some know no logits_to_keep
+                logits = self._logits(shared, tokens, wanted)
         given = exchange.finish()
         sides.clear()
         sides.update(given)
         return Output(captured.pop(), logits)
+
+    def _logits(self, shared: dict[str, Any], tokens: int, wanted: int) -> torch.Tensor:
+        """Run the whole, for the logits of so many last positions."""
+        shared["logits_to_keep"] = wanted
+        if self.sides.is_needed:
+            # by number the family might drop positions while blocks still want them all
+            shared["logits_to_keep"] = torch.arange(tokens - wanted, tokens, device=self.device)
+        logits: torch.Tensor = self.model(**_only(shared, self.whole_takes)).logits
+        return logits[:, -wanted:].float()  # some know no logits_to_keep
 
     def _hidden_arguments(self, hidden: torch.Tensor) -> dict[str, Any]:
         """What the family's forward starts from where hidden states will take its place."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from blocks.cache import StackCache
 from blocks.carve import find_layers, is_tied
 from blocks.checkpoint import Checkpoint
+from blocks.errors import CheckpointError
 from blocks.hf.models import causal_class, text_config
 from blocks.hf.quantizing import layer_targets
 from blocks.load import Dtype, resolve_dtype
@@ -104,9 +106,7 @@ def plan_bytes(
     With `quant`, as much of the blocks as can be is held in that format on the device. `packs` as
     `load_stack` does on this CPU; False for machines elsewhere.
     """
-    config = text_config(checkpoint.config)
-    with torch.device("meta"):
-        model = causal_class(config)(config)
+    model = _sketched(checkpoint)
     held_in = resolve_dtype(checkpoint, dtype)
     itemsize = held_in.itemsize
 
@@ -131,6 +131,22 @@ def plan_bytes(
         other_bytes=taken(model) - taken(layers, embedding, head),
         is_tied=is_tied(model) and not is_packed,
     )
+
+
+def _sketched(checkpoint: Checkpoint) -> Any:
+    """The model without weights. CheckpointError if transformers makes none of its config."""
+    try:
+        config = text_config(checkpoint.config)
+        with torch.device("meta"):
+            return causal_class(config)(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a family's own code, on values nobody checked
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"transformers makes no model of {checkpoint.folder / 'config.json'} ({reason}); "
+            "fetch it again"
+        ) from error
 
 
 class _Sample:

@@ -20,7 +20,6 @@ from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
 from blocks.hf.models import PreTrainedModel
-from blocks.hf.rotary import LengthScaling
 from blocks.join import why_not_joined
 from blocks.joint import Row, run_rows
 from blocks.masks import checked_mask, positions
@@ -83,14 +82,9 @@ class Stack:
         pools = None if self._decoder is None else self._decoder.pools
         return StackCache(self._carved.model.config, self.start, self.stop, lent, pools)
 
-    @property
-    def length_scaling(self) -> LengthScaling | None:
-        """How positions are computed by the length of a text; None in most models."""
-        return self._carved.rotary.scaling
-
     def regime(self, sequence_length: int) -> int:
         """What must be equal in steps that share a pass, by the length of their texts."""
-        scaling = self.length_scaling
+        scaling = self._carved.rotary.scaling
         return 0 if scaling is None else scaling.regime(min(sequence_length, self.context_length))
 
     @property
@@ -140,11 +134,26 @@ class Stack:
         if tokens == 1 and mask is None and cache is not None and self._reads_pages(cache):
             return self._paged_step(inputs, cache, wanted is not None, regime)
         if tokens > 1 and cache is not None and cache.length and self.forgets_state:
-            output = self._one_by_one(inputs, cache, mask, wanted, beside, sequence_length)
-            if sides is not None:
-                sides.clear()
-                sides.update(beside)
-            return output
+            output = self._one_by_one(inputs, cache, mask, wanted, beside, regime)
+        else:
+            output = self._pass(inputs, cache, start, mask, wanted, beside, regime)
+        if sides is not None:
+            sides.clear()
+            sides.update(beside)
+        return output
+
+    def _pass(
+        self,
+        inputs: torch.Tensor,
+        cache: StackCache | None,
+        start: int,
+        mask: torch.Tensor | None,
+        wanted: int | None,
+        sides: Sides,
+        regime: int,
+    ) -> torch.Tensor:
+        """Run what was checked in one go."""
+        rows, tokens = inputs.shape[:2]
         if cache is not None:
             cache.make_ready(tokens)
             cache.begin(rows)
@@ -158,14 +167,11 @@ class Stack:
                 shared,
                 cache=cache,
                 wanted=wanted,
-                sides=beside,
+                sides=sides,
                 regime=regime,
             ).asked
         if cache is not None:
             cache.advance(tokens)
-        if sides is not None:
-            sides.clear()
-            sides.update(beside)
         return output
 
     def run_joined(
@@ -242,23 +248,16 @@ class Stack:
         mask: torch.Tensor | None,
         wanted: int | None,
         sides: Sides,
-        sequence_length: int | None,
+        regime: int,
     ) -> torch.Tensor:
         """Several positions after a past, for layers that would forget it; all was checked."""
         parts, passed = [], []
         for place in range(inputs.shape[1]):
             start = cache.length
             beside = {name: side[:, place : place + 1] for name, side in sides.items()}
-            output = self.run(
-                inputs[:, place : place + 1],
-                cache=cache,
-                start=start,
-                mask=None if mask is None else mask[:, : start + 1],
-                logits_for=None if wanted is None else 1,
-                sides=beside,
-                sequence_length=sequence_length,
-            )
-            parts.append(output)
+            shown = None if mask is None else mask[:, : start + 1]
+            one, logits = inputs[:, place : place + 1], None if wanted is None else 1
+            parts.append(self._pass(one, cache, start, shown, logits, beside, regime))
             passed.append(beside)
         sides.clear()
         sides.update({name: torch.cat([one[name] for one in passed], 1) for name in passed[0]})

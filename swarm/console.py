@@ -43,6 +43,11 @@ class Console:
         """Say something on the side."""
         self._terminal.print(text, markup=False)
 
+    def advise(self, text: str | None) -> None:
+        """Say something on the side to a person, if there is something to say."""
+        if text and not self._is_json:
+            self.note(text)
+
     def progress(self, label: str) -> Callable[[int, int], None]:
         """Begin a bar; the result takes (done, total), from any thread, and ends it when done."""
         if not self._terminal.is_terminal:

@@ -2,7 +2,7 @@
 
 1. The tokens are those of the model: a failed route or a draft changes when they come, not which.
 2. Generation ends with an end-of-sequence id, at `most_tokens`, or when `on_token` says so.
-3. Under a guide no other id is chosen than one that it allows.
+3. Under a guide no other id is chosen than one that it allows, whatever the rules say.
 4. Where a model's positions go by the length of a text, each step says of how long a text it is:
    no step holds positions of two kinds.
 """
@@ -20,6 +20,7 @@ from swarm.client_session import ClientSession
 from swarm.errors import BadInput, PeerFault
 from swarm.messages import HopTime, Wanted, Wish
 from swarm.prefix import PAGE_POSITIONS, ids_payload
+from swarm.rules import Rules
 from swarm.sampling import (
     Candidates,
     SamplingSettings,
@@ -75,6 +76,11 @@ class GenerateSettings:
     most_tokens: int
     end_ids: frozenset[int]
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    rules: Rules = field(default_factory=Rules)
+
+    def changes(self, ids: Sequence[int], prompt: Sequence[int]) -> dict[int, float]:
+        """What the rules add to the logits of the id behind `ids`, which begin with the prompt."""
+        return self.rules.changes(ids, len(prompt), self.most_tokens, self.end_ids)
 
 
 @dataclass(slots=True)
@@ -129,15 +135,17 @@ async def generate(
     ids = list(prompt)
     counts = counts_of(ids, ())
     drafted: list[int] = []
-    wish = _next_wish(settings.sampling, counts, guide)
+    changes = [settings.changes(ids, prompt)]
+    wish = _next_wish(settings.sampling, counts, guide, changes)
     _send_text(session, ids, wish, session.pages)
     while True:
         times, choices = await _next_choices(session, made, wish, len(drafted) + 1)
         if guide is not None:
-            choices = [await _allowed(session, ids, settings.sampling, guide, choices[0])]
+            left = await _allowed(session, ids, settings.sampling, guide, choices[0], changes[0])
+            choices = [left]
         on_step(times, choices)
         for place, candidates in enumerate(choices):
-            token = choose(candidates, settings.sampling, len(ids), counts)
+            token = choose(candidates, settings.sampling, len(ids), counts, changes[place])
             ids.append(token)
             counts[token] = counts.get(token, 0) + 1
             made.token_ids.append(token)
@@ -151,12 +159,19 @@ async def generate(
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
         drafted = _fitting(session.length_scaling, len(ids), drafted)
-        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide)
-        if len(ids) - 1 == session.length_scaling.anew_after:
-            _send_text(session, ids, wish)
-            continue
-        step = [ids[-1], *drafted]
-        session.step(len(ids) - 1, ids_payload(step), "all" if drafted else "last", wish)
+        ahead = (ids + drafted[:place] for place in range(len(drafted) + 1))
+        changes = [settings.changes(text, prompt) for text in ahead]
+        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide, changes)
+        _send_next(session, ids, drafted, wish)
+
+
+def _send_next(session: ClientSession, ids: list[int], drafted: list[int], wish: Wish) -> None:
+    """Send the last id and what was drafted behind it, or all anew where the family does so."""
+    if len(ids) - 1 == session.length_scaling.anew_after:
+        _send_text(session, ids, wish)
+        return
+    step = ids_payload([ids[-1], *drafted])
+    session.step(len(ids) - 1, step, "all" if drafted else "last", wish)
 
 
 def _send_text(session: ClientSession, ids: Sequence[int], wish: Wish, pages: int = 0) -> None:
@@ -235,14 +250,20 @@ def _states(payload: Mapping[str, Tensor], count: int) -> NDArray[np.float32]:
     return values.reshape(count, -1)
 
 
-def _next_wish(sampling: SamplingSettings, seen: Iterable[int], guide: Guide | None) -> Wish:
-    """What to ask the last hop for, so that the next id can be chosen."""
+def _next_wish(
+    sampling: SamplingSettings,
+    seen: Iterable[int],
+    guide: Guide | None,
+    changes: Sequence[Mapping[int, float]],
+) -> Wish:
+    """What to ask the last hop for, so that the next ids can be chosen, each under its changes."""
+    changed = set().union(*changes)
     if guide is None:
-        return wish_for(sampling, seen)
+        return wish_for(sampling, seen, changed_ids=changed)
     few = guide.few()
     if few is None:
-        return wish_for(sampling, seen, count=GUIDED_COUNT)
-    return wish_for(replace(sampling, allowed=few), seen)
+        return wish_for(sampling, seen, count=GUIDED_COUNT, changed_ids=changed)
+    return wish_for(replace(sampling, allowed=few), seen, changed_ids=changed)
 
 
 async def _allowed(
@@ -251,14 +272,15 @@ async def _allowed(
     sampling: SamplingSettings,
     guide: Guide,
     candidates: Candidates,
+    changes: Mapping[int, float],
 ) -> Candidates:
-    """What the guide leaves of the candidates. If that is nothing the last position is computed
-    once more, for the likeliest of all that it allows.
+    """What the guide leaves of the candidates. If that is nothing, or nothing that the changes do
+    not forbid, the last position is computed once more, for the likeliest of all that it allows.
     """
     left = guide.narrowed(candidates)
-    if left is not None:
+    if left is not None and (guide.few() is not None or left.has_other_than(changes)):
         return left
-    wish = wish_for(replace(sampling, allowed=guide.every()), set(ids))
+    wish = wish_for(replace(sampling, allowed=guide.every()), set(ids), changed_ids=changes)
     session.step(len(ids) - 1, ids_payload(ids[-1:]), "last", wish)
     output = await session.next_output()
     found = candidates_from(output.payload, wish)

@@ -44,7 +44,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     tqdm,
 )
 
-from blocks.checkpoint import INDEX_FILE, SMALL_FILES, head_bytes, shard_names
+from blocks.checkpoint import INDEX_FILE, SINGLE_FILE, SMALL_FILES, head_bytes, shard_names
 from blocks.errors import CheckpointError
 from swarm.errors import BadInput
 
@@ -106,8 +106,10 @@ def find_model(name: str, commit: str = "") -> HubModel:
         shards = shard_names(folder)
     except CheckpointError as error:
         raise BadInput(str(error)) from error
+    if shards != (SINGLE_FILE,) and _has_whole(model, shards):
+        shards = (SINGLE_FILE,)
     for shard in shards:
-        if not ((folder / shard).is_file() or _is_whole(model.heads / shard)):
+        if not _is_here(model, shard):
             _fetch_head(model, shard)
     return model
 
@@ -200,6 +202,29 @@ def _fetch_small(model: HubModel, file: str) -> None:
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):  # nobody could be asked
                 raise
+
+
+def _has_whole(model: HubModel, indexed: Sequence[str]) -> bool:
+    """Has the hub one file of all weights, too? It comes before an index, as in transformers.
+
+    Nobody is asked once the heads of those that the index names are here.
+    """
+    if _is_here(model, SINGLE_FILE):
+        return True
+    if all(_is_here(model, shard) for shard in indexed):
+        return False
+    try:
+        _fetch_head(model, SINGLE_FILE)
+    except BadInput as error:
+        if isinstance(error.__cause__, EntryNotFoundError):
+            return False
+        raise
+    return True
+
+
+def _is_here(model: HubModel, shard: str) -> bool:
+    """Is the shard here, or its head?"""
+    return (model.folder / shard).is_file() or _is_whole(model.heads / shard)
 
 
 def _is_whole(head: Path) -> bool:

@@ -27,12 +27,14 @@ from routing.span import Span
 from swarm.console import Console
 from swarm.errors import BadInput
 from swarm.model import (
+    PLANNED_SESSIONS,
     VALUE_BYTES,
     Description,
     choose_span,
     digests_of,
     fetch,
     load,
+    planned_context,
     sizes_of,
     weight_bytes,
 )
@@ -80,6 +82,12 @@ class Loader:
         `offers` are those of the servers that are there already; the own name parts newcomers that
         come at once.
         """
+        most = self._description.card.context_length
+        if self._settings.blocks is None and self._context < most:
+            self._console.note(
+                f"memory is planned for conversations of {self._context} tokens, of the {most} "
+                "that the model takes: --context plans for others"
+            )
         return choose_span(
             self._settings.blocks,
             self._description,
@@ -102,7 +110,18 @@ class Loader:
         """What is planned with where blocks are chosen by memory: unquantized unless asked."""
         settings = self._settings
         quant = "none" if settings.quant == "auto" else cast(Quant, settings.quant)
-        return sizes_of(self._description.checkpoint, self._dtype, quant, device=settings.device)
+        return sizes_of(
+            self._description.checkpoint,
+            self._dtype,
+            quant,
+            device=settings.device,
+            cache_tokens=PLANNED_SESSIONS * self._context,
+        )
+
+    @property
+    def _context(self) -> int:
+        """The tokens of one conversation that memory is planned for."""
+        return planned_context(self._description.checkpoint, self._settings.context_tokens)
 
     def _choose_quant(self, span: Span) -> Quant:
         """The format to hold these blocks in; says why where it was a choice."""
@@ -166,7 +185,7 @@ class Loader:
         if settings.memory_bytes is not None:
             taken = weight_bytes(description, span, self._dtype, quant, settings.device)
             left = min(left, settings.memory_bytes - taken)
-        tokens = cache_tokens(description, token_bytes, left)
+        tokens = cache_tokens(description, token_bytes, left, self._context)
         taken = cache_bytes(tokens, token_bytes, left)
         digests = await in_thread(partial(digests_of, description, span))
         held = holding_of(stack, speeds, Executor(stack, self._thread), tokens)
@@ -219,11 +238,15 @@ def holding_of(stack: Stack, speeds: Speeds, executor: Executor, tokens_of_cache
     )
 
 
-def cache_tokens(description: Description, bytes_per_token: int, free_bytes: int) -> int:
-    """How many tokens of cache and history fit into what is free, at least one conversation."""
+def cache_tokens(
+    description: Description, bytes_per_token: int, free_bytes: int, context: int
+) -> int:
+    """How many tokens of cache and history fit into what is free, at least one conversation of so
+    many tokens.
+    """
     taken = 2 * bytes_per_token + VALUE_BYTES * description.card.hidden_size  # buffers double
     fitting = int(free_bytes * (1 - HEADROOM)) // taken
-    return max(min(fitting, MOST_CACHE_TOKENS), description.card.context_length)
+    return max(min(fitting, MOST_CACHE_TOKENS), context)
 
 
 def cache_bytes(tokens: int, bytes_per_token: int, free_bytes: int) -> int:

@@ -7,18 +7,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
-from blocks.checkpoint import Checkpoint, model_card, open_checkpoint, small_files
+from blocks.checkpoint import Checkpoint, generation_of, model_card, open_checkpoint, small_files
 from blocks.checkpoint import fingerprint as checkpoint_digest
 from blocks.digest import block_digests
 from blocks.errors import BlocksError
 from blocks.forecast import cache_bytes_per_block_token, sketch
 from blocks.hf import release
 from blocks.load import Dtype, load_stack, resolve_dtype
-from blocks.measure import plan_bytes
+from blocks.measure import Sizes, plan_bytes
 from blocks.needed import needed_shards
 from blocks.quantize import Quant
 from blocks.stack import Stack
@@ -32,8 +32,10 @@ from swarm.planning import Wanted
 from swarm.record import DIGEST_BYTES, MOST_DIGESTS_BYTES
 from swarm.text import ModelCard
 
-# Room for a few conversations of full length; what is left of the memory is found after loading.
+# Room for a few conversations; what is left of the memory is found after loading.
 PLANNED_SESSIONS = 4
+# Where a model takes more: a million tokens would leave its weights no room on most machines.
+PLANNED_CONTEXT = 32_768
 VALUE_BYTES = 4  # of keys, values and history at the widest
 
 
@@ -50,6 +52,7 @@ class Description:
     files: SmallFiles
     checkpoint_digest: str
     fingerprint: str
+    notes: tuple[str, ...] = ()  # what its owner should know before it is served
     hub: HubModel | None = None  # where shards come from that are not here
 
     @property
@@ -94,6 +97,7 @@ def describe(folder: Path, hub: HubModel | None = None) -> Description:
         files=small,
         checkpoint_digest=digest,
         fingerprint=fingerprint_of(digest, small.digest),
+        notes=generation_of(checkpoint).notes,
         hub=hub,
     )
 
@@ -136,10 +140,10 @@ def sizes_of(
 ) -> BlockSizes:
     """Return what each part costs, its share of cache and history included, before loading.
 
-    `cache_tokens`: of all sessions together; by default a few conversations of full length.
-    `packs`: as this machine would, see `plan_bytes`.
+    `cache_tokens`: of all sessions together; by default a few conversations of the planned length.
+    `packs`: as this machine would, see `plan_bytes`. BadInput for what is no model.
     """
-    planned = plan_bytes(checkpoint, dtype, quant, device=device, packs=packs)
+    planned = _planned(checkpoint, dtype, quant, device=device, packs=packs)
     return BlockSizes(
         block_bytes=planned.block_bytes,
         embedding_bytes=planned.embedding_bytes + planned.other_bytes,
@@ -148,9 +152,23 @@ def sizes_of(
             checkpoint.config, resolve_dtype(checkpoint, dtype)
         ),
         history_bytes_per_token=checkpoint.hidden_size * VALUE_BYTES,
-        cache_tokens=cache_tokens or PLANNED_SESSIONS * checkpoint.context_length,
+        cache_tokens=cache_tokens or PLANNED_SESSIONS * planned_context(checkpoint),
         is_tied=planned.is_tied,
     )
+
+
+def planned_context(checkpoint: Checkpoint, wanted: int | None = None) -> int:
+    """The tokens of one conversation to plan with: `wanted`, or what most conversations stay below;
+    never more than the model takes.
+    """
+    return min(wanted or PLANNED_CONTEXT, checkpoint.context_length)
+
+
+def _planned(checkpoint: Checkpoint, dtype: Dtype, quant: Quant, **how: Any) -> Sizes:
+    try:
+        return plan_bytes(checkpoint, dtype, quant, **how)
+    except BlocksError as error:
+        raise BadInput(str(error)) from error
 
 
 def wanted_of(model: str, dtype: str, quant: str, tokens: int | None) -> Wanted:
@@ -177,7 +195,7 @@ def weight_bytes(
     description: Description, span: Span, dtype: Dtype, quant: Quant, device: str
 ) -> int:
     """What the weights of a span take once loaded, ends included."""
-    planned = plan_bytes(description.checkpoint, dtype, quant, device=device)
+    planned = _planned(description.checkpoint, dtype, quant, device=device)
     return planned.span_bytes(span.start, span.stop)
 
 

@@ -72,5 +72,6 @@ async def _add_peer(
     node = await stack.enter_async_context(
         open_node(host, identity, secret, description, name=name)
     )
-    await node.hold(holding_of(loaded, speeds, executor, cache_tokens(description, 1, CACHE_BYTES)))
+    room = cache_tokens(description, 1, CACHE_BYTES, description.card.context_length)
+    await node.hold(holding_of(loaded, speeds, executor, room))
     return (*known, host.addresses[0])

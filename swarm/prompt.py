@@ -1,5 +1,6 @@
 """`swarm generate`: from a prompt to text, over whatever swarm there is."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,17 @@ from swarm.client import Client, open_client
 from swarm.client_session import ClientSession
 from swarm.console import Console
 from swarm.control import find_daemon
+from swarm.errors import BadInput
 from swarm.files import FileCache
 from swarm.generate import GenerateSettings, Generation, check_prompt, generate
 from swarm.identity import new_identity
 from swarm.invite import Invite, decode_invite
 from swarm.sampling import SamplingSettings
 from swarm.settings import DEFAULT_TOKENS, cache_home
-from swarm.text import GenerationDefaults, StopScanner, TextStream
+from swarm.template import render_chat
+from swarm.text import GenerationDefaults, StopScanner, TextStream, Tokens
+
+_MARK = re.compile(r"<[^<>\s'\"]{2,40}>|\[/?[A-Z_]{3,20}\]")  # as templates mark roles and turns
 
 OnText = Callable[[int | None, str], None]
 """Called with each token id and the text that it completes, which may be empty; at the end with
@@ -38,6 +43,7 @@ class PromptSettings:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     route_seconds: float = 30.0
+    is_chat: bool = False  # the prompt is a message, by the model's chat template
     is_exact: bool = False  # only servers whose weights are not quantized
 
     def __post_init__(self) -> None:
@@ -56,13 +62,14 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
     BadInput if the prompt does not fit, NoRoute if no route is found in time.
     """
     card, tokens = client.model.card, client.model.tokens
-    prompt = tokens.encode(settings.prompt)
+    prompt = _prompt_ids(tokens, settings)
     check_prompt(prompt, card)
     most = min(settings.most_tokens, card.context_length - len(prompt))
     began = trio.current_time()
     client.is_exact = settings.is_exact
     sampling = sampling_of(card.generation, settings)
-    speaker = _Speaker(TextStream(tokens, prompt), StopScanner(settings.stops), on_text)
+    stops = (*settings.stops, *card.generation.stop_strings)
+    speaker = _Speaker(TextStream(tokens, prompt), StopScanner(stops), on_text)
     patience = settings.route_seconds
     async with client.session(len(prompt) + most, prompt=prompt, route_seconds=patience) as session:
         opening_seconds = trio.current_time() - began
@@ -73,11 +80,34 @@ async def answer(client: Client, settings: PromptSettings, on_text: OnText) -> d
                 most_tokens=most,
                 end_ids=frozenset(card.end_of_sequence_ids),
                 sampling=sampling,
+                rules=card.generation.rules,
             ),
             speaker.say,
         )
         speaker.finish()
         return _report(client, session, made, speaker.text, opening_seconds)
+
+
+def _prompt_ids(tokens: Tokens, settings: PromptSettings) -> list[int]:
+    """The ids of the prompt, or of a chat that it begins. BadInput if there is no template."""
+    if not settings.is_chat:
+        return tokens.encode(settings.prompt)
+    template = tokens.template_for()
+    if template is None:
+        raise BadInput("the model has no chat template", next_step="leave --chat out")
+    message = {"role": "user", "content": settings.prompt}
+    text = render_chat(template, [message], special_tokens=tokens.special_tokens)
+    return tokens.encode(text, with_ends=False)
+
+
+def advice_for(tokens: Tokens, settings: PromptSettings) -> str | None:
+    """What to tell one whose words the model may not take for a question."""
+    template = tokens.chat_template
+    if settings.is_chat or template is None:
+        return None
+    if any(mark in settings.prompt for mark in _MARK.findall(template)):
+        return None
+    return "This model has a chat template: --chat asks it, without it the prompt is continued."
 
 
 def sampling_of(defaults: GenerationDefaults, settings: PromptSettings) -> SamplingSettings:
@@ -86,6 +116,7 @@ def sampling_of(defaults: GenerationDefaults, settings: PromptSettings) -> Sampl
         temperature=settings.temperature,
         top_p=settings.top_p if settings.top_p is not None else defaults.top_p or 1.0,
         top_k=settings.top_k if settings.top_k is not None else defaults.top_k or 0,
+        min_p=defaults.min_p or 0.0,
         repetition_penalty=defaults.repetition_penalty or 1.0,
         seed=settings.seed if settings.seed is not None else secrets.randbits(32),
     )
@@ -150,6 +181,7 @@ async def run_prompt(
     token = join or daemon_token()
     if token is not None:
         async with open_joined(decode_invite(token)) as client:
+            console.advise(advice_for(client.model.tokens, settings))
             return await answer(client, settings, on_text)
     from swarm.private import open_private_swarm
 

@@ -8,7 +8,8 @@ top_p counts shares of what is left; top_k is exact, because `wish_for` asks for
    position gives the same token.
 2. Equal logits go to the lowest id, as the first maximum of `torch.argmax` does.
 3. The order is transformers': bias (at the server), repetition, presence and frequency,
-   temperature, top_k, top_p. Penalties are computed in float32, as there; the rest in float64.
+   temperature, top_k, top_p, min_p. Penalties are computed in float32, as there; the rest in
+   float64.
 4. A payload from a peer raises nothing but PeerFault.
 """
 
@@ -44,6 +45,7 @@ class SamplingSettings:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is no limit
+    min_p: float = 0.0  # of the likeliest id's probability
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -55,6 +57,7 @@ class SamplingSettings:
         _need(0 <= self.temperature < math.inf, "temperature", "0 or more", self.temperature)
         _need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _need(0 <= self.top_k <= MOST_COUNT, "top_k", f"0 to {MOST_COUNT}", self.top_k)
+        _need(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
         repetition = self.repetition_penalty
         _need(0 < repetition < math.inf, "repetition_penalty", "above 0", repetition)
         for name in ("presence_penalty", "frequency_penalty"):
@@ -104,6 +107,12 @@ class Candidates:
             np.concatenate([self.logits, self.named_logits[:count]]),
         )
 
+    def has_other_than(self, changes: Mapping[int, float]) -> bool:
+        """Tell whether something possible is left that `Rules.changes` does not forbid."""
+        tokens, logits = self.pool()
+        possible = tokens[logits > -np.inf].tolist()
+        return any(changes.get(token, 0.0) > -math.inf for token in possible)
+
     def log_probability(self, token: int) -> float:
         """Natural logarithm of the model's own probability of `token`: with the bias, before
         penalties and temperature, over all ids. -inf for an id that was left out.
@@ -130,18 +139,24 @@ class Candidates:
 
 
 def wish_for(
-    settings: SamplingSettings, seen_ids: Iterable[int], *, count: int | None = None
+    settings: SamplingSettings,
+    seen_ids: Iterable[int],
+    *,
+    count: int | None = None,
+    changed_ids: Iterable[int] = (),
 ) -> Wish:
     """Return what to ask the last hop for, so that `choose` has what it needs.
 
     `seen_ids` are the ids of the text so far, prompt included, in any order; for a drafted step
     also the draft's. `count` is raised to top_k; None for what settings like these need.
+    `changed_ids` are those of `choose`'s changes: they come beside the `count` largest, so that
+    others are left to choose from.
     """
     if count is None:
         count = GREEDY_COUNT if settings.is_greedy else DRAWN_COUNT
     return Wish(
         count=max(count, settings.top_k),
-        penalised=tuple(sorted(set(seen_ids))) if settings.is_penalising else (),
+        penalised=tuple(sorted({*changed_ids, *(seen_ids if settings.is_penalising else ())})),
         bias=tuple(sorted(settings.bias.items())),
         allowed=None if settings.allowed is None else tuple(sorted(settings.allowed)),
     )
@@ -160,16 +175,19 @@ def choose(
     settings: SamplingSettings,
     position: int,
     counts: Mapping[int, int],
+    changes: Mapping[int, float] | None = None,
 ) -> int:
     """Return the token for `position`, the absolute index that the token will have.
 
-    `counts` is that of `counts_of`, for the text before `position`. PeerFault when the candidates
-    leave nothing to choose.
+    `counts` is that of `counts_of`, for the text before `position`; `changes` are those of
+    `Rules.changes`. PeerFault when the candidates leave nothing to choose.
     """
     tokens, logits = candidates.pool()
     if settings.allowed is not None:
         kept = np.isin(tokens, np.fromiter(settings.allowed, np.int64))
         tokens, logits = tokens[kept], logits[kept]
+    if changes:
+        tokens, logits = _changed(tokens, logits, changes)
     if settings.is_penalising and counts:
         logits = _penalised(tokens, logits, settings, counts)
     order = np.lexsort((tokens, -logits))  # highest first, then the lowest id
@@ -211,6 +229,21 @@ def candidates_from(payload: Mapping[str, Tensor], wish: Wish) -> list[Candidate
     ]
 
 
+def _changed(tokens: Ids, logits: Logits, changes: Mapping[int, float]) -> tuple[Ids, Logits]:
+    """What is left of them, with what is added: see `Rules.changes`. All, if nothing would be left:
+    what a grammar demands stands above what a model would rather not say.
+    """
+    added = np.array([changes.get(token, 0.0) for token in tokens.tolist()], np.float32)
+    is_possible = logits > -np.inf
+    forced = np.isposinf(added) & is_possible
+    if forced.any():
+        return tokens[forced], np.zeros_like(logits[forced])
+    kept = np.isfinite(added) & is_possible
+    if not kept.any():
+        return tokens, logits
+    return tokens[kept], logits[kept] + added[kept]
+
+
 def _penalised(
     tokens: Ids, logits: Logits, settings: SamplingSettings, counts: Mapping[int, int]
 ) -> Logits:
@@ -235,6 +268,8 @@ def _shares(logits: Logits, settings: SamplingSettings) -> NDArray[np.float64]:
     if settings.top_p < 1:
         tail = np.cumsum(shares[::-1])[::-1] / shares.sum()  # of each id and all below it
         shares = shares[: max(1, int((tail > 1 - settings.top_p).sum()))]
+    if settings.min_p > 0:
+        shares = shares[shares >= settings.min_p * shares[0]]
     return shares
 
 

@@ -116,6 +116,8 @@ async def _described(
     """The model to serve, the swarm's if none is named. BadInput unless it may be served there."""
     description = named or await describe_swarms(host, invite)
     check_same_swarm(description, invite)
+    for note in description.notes:
+        console.note(note)
     await in_thread(partial(_check_tokenizer, description))
     await check_proven(description, settings, console)
     return description

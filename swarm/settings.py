@@ -46,6 +46,7 @@ class ServeSettings:
     is_unproven: bool = False  # serve a model type whose test fails, too
     device: str = "cpu"
     memory_bytes: int | None = None
+    context_tokens: int | None = None  # of one conversation, to plan memory for
     disk_bytes: int | None = None  # for all shards of the model that are here; None: what is free
     listen: str = "0.0.0.0"  # a server of a swarm is there to be reached
     port: int | None = None  # None: the one used before, or any

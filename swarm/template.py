@@ -8,6 +8,8 @@ transformers use, and on a budget.
    characters. Beyond the budget of one rendering it is an error. (A single filter may still make a
    long text of two shorter ones: the budget bounds time, and memory nearly.)
 3. Nothing but BadInput comes out of it.
+4. A template gets messages in the form that it reads: parts only if it loops over them, the role
+   developer only if it knows it.
 """
 
 import json
@@ -27,6 +29,18 @@ MOST_STEPS = 100_000  # a thousand messages in a hundred loops
 MOST_CHARACTERS = 16 << 20  # ten times the text of a million tokens, written a few times over
 
 
+class Parts(str):
+    """A content's text, that remembers the parts it came in, in the form that templates read."""
+
+    parts: Sequence[Mapping[str, Any]]
+
+    def __new__(cls, texts: Sequence[str]) -> "Parts":
+        """The texts in one, a line each."""
+        made = super().__new__(cls, "\n".join(texts))
+        made.parts = [{"type": "text", "text": text} for text in texts]
+        return made
+
+
 def render_chat(
     template: str,
     messages: Sequence[Mapping[str, Any]],
@@ -38,19 +52,22 @@ def render_chat(
 ) -> str:
     """Return the text of a conversation, special tokens included: encode it `with_ends=False`.
 
-    `messages`, `tools` and `variables` (of the template's own, such as enable_thinking) are plain
-    JSON values. `special_tokens` are those of `Tokens`. BadInput says what the template says.
+    `messages`, `tools` and `variables` (of the template's own, such as enable_thinking, and
+    documents) are plain JSON values, but for contents that are `Parts`. `special_tokens` are those
+    of `Tokens`. BadInput says what the template says.
     """
     environment = _Environment()
     try:
-        program = environment.from_string(_OnABudget().visit(environment.parse(template)))
+        tree = environment.parse(template)
+        messages = _as_read(messages, template, tree)
+        program = environment.from_string(_OnABudget().visit(tree))
         return program.render(
             {
                 **special_tokens,
+                "documents": None,
                 **(variables or {}),
                 "messages": messages,
                 "tools": tools,
-                "documents": None,
                 "add_generation_prompt": add_generation_prompt,
             }
         )
@@ -68,6 +85,54 @@ def render_chat(
     ) as error:
         reason = str(error) or type(error).__name__
         raise BadInput(f"the model's chat template cannot render this: {reason}") from error
+
+
+def _as_read(
+    messages: Sequence[Mapping[str, Any]], template: str, tree: nodes.Template
+) -> list[dict[str, Any]]:
+    """The messages as this template reads them."""
+    takes_parts = _loops_over_content(tree)
+    made = []
+    for message in messages:
+        content, role = message.get("content"), message.get("role")
+        plain = dict(message)
+        if isinstance(content, Parts):
+            plain["content"] = list(content.parts) if takes_parts else str(content)
+        if role == "developer" and role not in template:
+            plain["role"] = "system"
+        made.append(plain)
+    return made
+
+
+def _loops_over_content(tree: nodes.Template) -> bool:
+    """Does a loop of the template go over a message's content, by that or by another name?"""
+    named: set[str] = set()
+
+    def is_content(node: nodes.Node | None) -> bool:
+        match node:
+            case nodes.Filter():
+                return is_content(node.node)
+            case nodes.CondExpr():
+                return is_content(node.expr1) or is_content(node.expr2)
+            case nodes.Getattr():
+                return node.attr == "content"
+            case nodes.Getitem():
+                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        return isinstance(node, nodes.Name) and node.name in named
+
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    known = -1
+    while known < len(named):
+        known = len(named)
+        for bound in tree.find_all(nodes.Assign):
+            if isinstance(bound.target, nodes.Name) and is_content(bound.node):
+                named.add(bound.target.name)
+        for call in tree.find_all(nodes.Call):
+            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+            if macro is not None:
+                pairs = zip(macro.args, call.args, strict=False)
+                named |= {one.name for one, given in pairs if is_content(given)}
+    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
 
 
 class _Generation(Extension):

@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from swarm.errors import BadInput, PeerFault
+from swarm.rules import Rules
 from swarm.sampling import SamplingSettings
 
 UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
@@ -46,7 +47,10 @@ class GenerationDefaults:
     temperature: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Above0 | None = None
+    rules: Rules = field(default_factory=Rules)
+    stop_strings: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
 
     def settings(self, *, seed: int = 0) -> SamplingSettings:
         """The settings under which transformers' `generate` would run this model."""
@@ -57,6 +61,7 @@ class GenerationDefaults:
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=DEFAULT_TOP_K if self.top_k is None else self.top_k,
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
             repetition_penalty=penalty,
             seed=seed,
         )
@@ -131,11 +136,32 @@ class Tokens:
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
             self.special_tokens = _name_special_tokens(self._tokenizer, config)
-        self.chat_template = _chat_template(files, config)
+        self.chat_templates = _chat_templates(files, config)
         self._special_ids = frozenset(
             token for token, entry in self._added().items() if entry.special
         )
         self._has_byte_runs = b'"ByteFallback"' in files["tokenizer.json"]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's chat template, the default one of several."""
+        return self.chat_templates.get("default")
+
+    def template_for(self, *, has_tools: bool = False) -> str | None:
+        """The template of a chat, where there are tools the one for them; None of a model without.
+
+        BadInput if there are several and none of them is for this.
+        """
+        found = self.chat_templates.get("tool_use") if has_tools else None
+        if found is None and self.chat_templates:
+            found = self.chat_template
+            if found is None:
+                names = ", ".join(sorted(self.chat_templates))
+                raise BadInput(
+                    f"the model has several chat templates ({names}) and none is its default",
+                    next_step="complete a text without one, or call the one that should be default",
+                )
+        return found
 
     def encode(self, text: str, *, with_ends: bool = True) -> list[int]:
         """Return the ids of `text`; `with_ends` adds the special tokens that the model expects
@@ -355,15 +381,15 @@ def _added_token(value: Any, *, is_special: bool) -> AddedToken:
     return AddedToken(value["content"], special=special, normalized=normalized, **flags)
 
 
-def _chat_template(files: Mapping[str, bytes], config: Mapping[str, Any]) -> str | None:
-    """The model's chat template: its own file, else the (default) one of tokenizer_config."""
+def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """The model's chat templates by name: its own file, else those of tokenizer_config."""
     if "chat_template.jinja" in files:
         try:
-            return files["chat_template.jinja"].decode()
+            return {"default": files["chat_template.jinja"].decode()}
         except UnicodeDecodeError as error:
             raise PeerFault("the model's chat_template.jinja is not UTF-8") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
-    return template if isinstance(template, str) else None
+    told = config.get("chat_template")
+    listed = told if isinstance(told, list) else [{"name": "default", "template": told}]
+    entries = [entry for entry in listed if isinstance(entry, dict)]
+    named = {str(entry.get("name")): entry.get("template") for entry in entries}
+    return {name: template for name, template in named.items() if isinstance(template, str)}

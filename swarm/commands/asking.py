@@ -64,6 +64,14 @@ def generate(
             help="Seconds to look for servers of all blocks, at first and when one is lost.",
         ),
     ] = 30.0,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            envvar="SWARM_CHAT",
+            help="Ask the model: PROMPT is a user's message in its chat template.",
+        ),
+    ] = False,
     exact: Annotated[
         bool,
         typer.Option(
@@ -99,11 +107,12 @@ def generate(
             seed=seed,
             stops=tuple(stop or ()),
             route_seconds=patience,
+            is_chat=chat,
             is_exact=exact,
         )
         from swarm.prompt import run_prompt
 
-        with Console() as console:
+        with Console(is_json=as_json or stream_json) as console:
             made = interrupts.run(
                 run_prompt, settings, join, console, printer(as_json, stream_json)
             )

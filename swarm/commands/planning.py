@@ -29,7 +29,8 @@ def plan(
         typer.Option(
             envvar="SWARM_PLAN_TOKENS",
             min=1,
-            help="Room for so many tokens of all sessions. Default: four full contexts.",
+            help="Room for so many tokens of all sessions. Default: four of the model's "
+            "contexts, of 32768 tokens at most.",
         ),
     ] = None,
     dtype: Annotated[

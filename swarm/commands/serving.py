@@ -53,6 +53,15 @@ def serve(
     quant: QuantName = "auto",
     device: Device = "cpu",
     memory: Memory = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWARM_CONTEXT",
+            min=1,
+            help="The tokens of one conversation to plan memory for. Default: what the model "
+            "takes, at most 32768.",
+        ),
+    ] = None,
     disk: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +149,7 @@ def serve(
             is_unproven=unproven,
             device=device,
             memory_bytes=checked.parse_bytes(memory) if memory else None,
+            context_tokens=context,
             disk_bytes=checked.parse_bytes(disk, "--disk") if disk else None,
             listen=host,
             port=port,

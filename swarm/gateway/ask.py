@@ -72,13 +72,14 @@ def ask_of(
                 most_tokens=min(most_tokens, room),
                 end_ids=ends,
                 sampling=_seeded(sampling, seed + number),
+                rules=card.generation.rules,
             )
             choices.append(Choice(tuple(prompt), settings))
     return Ask(
         choices=tuple(choices),
         prompt_tokens=sum(map(len, prompts)),
         stops=stops_of(request.stop),
-        own_stops=own_stops,
+        own_stops=(*own_stops, *card.generation.stop_strings),
         **shape,
     )
 
@@ -104,6 +105,7 @@ def sampling_of(request: Request, card: ModelCard) -> SamplingSettings:
             temperature=_first(request.temperature, own.temperature, 1.0),
             top_p=max(_first(request.top_p, own.top_p, 1.0), _LEAST_SHARE),
             top_k=top_k,
+            min_p=own.min_p or 0.0,
             repetition_penalty=_first(request.repetition_penalty, own.repetition_penalty, 1.0),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,

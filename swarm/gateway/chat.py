@@ -15,7 +15,7 @@ from swarm.gateway.ask import Ask, ask_of
 from swarm.gateway.desk import Desk, aside
 from swarm.gateway.faults import bad, checked, unsupported
 from swarm.gateway.requests import ChatMessage, ChatRequest, Tool
-from swarm.template import render_chat
+from swarm.template import Parts, render_chat
 from swarm.text import Tokens
 
 PLAIN_TEMPLATE = (
@@ -29,7 +29,7 @@ PLAIN_STOPS = ("\nUser:", "\n\nUser:")
 
 def takes_tools(tokens: Tokens) -> bool:
     """True if the model's template says what to do with tools."""
-    return tokens.chat_template is not None and "tools" in tokens.chat_template
+    return "tools" in (tokens.chat_templates.get("tool_use") or tokens.chat_template or "")
 
 
 def chat_text(
@@ -44,10 +44,9 @@ def chat_text(
     """
     if tools and not takes_tools(tokens):
         raise bad("this model's chat template takes no tools", "tools", "unsupported_parameter")
-    template = tokens.chat_template or PLAIN_TEMPLATE
     try:
         text = render_chat(
-            template,
+            tokens.template_for(has_tools=bool(tools)) or PLAIN_TEMPLATE,
             messages,
             special_tokens=tokens.special_tokens,
             tools=[_plain_tool(tool) for tool in tools] if tools else None,
@@ -55,7 +54,7 @@ def chat_text(
         )
     except BadInput as error:
         raise bad(error.sentence(), "messages") from error
-    return text, tokens.chat_template is None
+    return text, not tokens.chat_templates
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -65,8 +64,7 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 def _plain_message(message: ChatMessage, place: int) -> dict[str, Any]:
     where = f"messages.{place}"
-    role = "system" if message.role == "developer" else message.role
-    plain: dict[str, Any] = {"role": role, "content": _text_of(message, where)}
+    plain: dict[str, Any] = {"role": message.role, "content": _text_of(message, where)}
     if message.name is not None:
         plain["name"] = message.name
     if message.tool_call_id is not None:
@@ -98,7 +96,7 @@ def _text_of(message: ChatMessage, where: str) -> str:
         if part.type not in ("text", "refusal") or text is None:
             raise bad(f"only text is taken, not {part.type[:32]!r}", f"{where}.content")
         texts.append(text)
-    return "\n".join(texts)
+    return Parts(texts)
 
 
 def _arguments(text: str, where: str) -> dict[str, Any]:
@@ -218,4 +216,4 @@ async def chat_ids(
     size = sum(len(message["content"]) for message in messages)
     text, needs_ends = await aside(partial(chat_text, tokens, messages, tools, variables), size)
     ids = await desk.encode(text, with_ends=needs_ends)
-    return ids, PLAIN_STOPS if tokens.chat_template is None else ()
+    return ids, () if tokens.chat_templates else PLAIN_STOPS

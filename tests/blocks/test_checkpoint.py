@@ -1,21 +1,28 @@
 """A folder is opened only if it is whole, and described without torch."""
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import BLOCKS, TinyModel
+from transformers import AutoModelForCausalLM
 
 from blocks.checkpoint import (
+    SINGLE_FILE,
     fingerprint,
     head_bytes,
     model_card,
     open_checkpoint,
+    open_shard,
     shard_names,
     small_files,
 )
 from blocks.errors import CheckpointError
+from blocks.forecast import sketch
+from blocks.measure import plan_bytes
 
 INDEX = "model.safetensors.index.json"
 
@@ -239,3 +246,81 @@ def test_the_shards_of_a_folder_are_known_before_they_are_here(folder: Path) -> 
 
 def test_a_card_is_the_same_whatever_the_folder_is_called(llama: TinyModel, folder: Path) -> None:
     assert model_card(open_checkpoint(folder)) == model_card(llama.checkpoint)
+
+
+def made_whole(folder: Path) -> Path:
+    """Put the same weights, one changed, into the folder as one file beside the index."""
+    tensors = {
+        name: value for path in folder.glob("*-of-*") for name, value in load_file(path).items()
+    }
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, folder / SINGLE_FILE, {"format": "pt"})
+    return folder
+
+
+def test_a_whole_file_comes_before_an_index_of_another_upload(folder: Path) -> None:
+    made_whole(folder)
+    set_json(folder / INDEX, weight_map={"model.gone.weight": "model-00001-of-00009.safetensors"})
+    checkpoint = open_checkpoint(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()["model.norm.weight"]
+    assert (checkpoint.shards, shard_names(folder)) == ((SINGLE_FILE,), (SINGLE_FILE,))
+    assert checkpoint.weight_map.keys() >= {"model.norm.weight", "lm_head.weight"}
+    ours = open_shard(checkpoint, SINGLE_FILE).get_tensor("model.norm.weight")
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_a_whole_file_is_enough_where_the_shards_of_the_index_are_missing(folder: Path) -> None:
+    whole = made_whole(folder)
+    for path in whole.glob("*-of-*"):
+        path.unlink()
+    assert open_checkpoint(folder).shards == (SINGLE_FILE,)
+    (folder / SINGLE_FILE).rename(folder / "model.fp16.safetensors")
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=r"only model\.fp16\.safetensors, a name that"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("kind", ["bart", "mbart", "t5", "whisper", "marian", "encoder-decoder"])
+def test_an_encoder_with_a_decoder_is_refused_by_its_type(folder: Path, kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for look in (open_checkpoint, sketch):
+        with pytest.raises(CheckpointError, match=rf"\({kind}\), and only decoders are served"):
+            look(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("num_hidden_layers", "hidden_size", "vocab_size")
+            for value in (10**9, 10**30, -1, 0, 2.5, "4", True, None, [2])
+        ),
+        ("num_attention_heads", 10**9),
+        ("num_attention_heads", 0),
+        ("num_experts", 10**9),
+        ("num_labels", 10**9),
+        ("text_config", {"n_layer": 10**9}),
+        ("vocab_size", 97),
+        ("num_hidden_layers", 1000),
+    ],
+    ids=str,
+)
+def test_an_absurd_size_is_refused_by_name_before_anything_of_it_is_made(
+    folder: Path, name: str, value: object
+) -> None:
+    set_json(folder / "config.json", **{name: value})
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"config\.json ") as told:
+            open_checkpoint(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert name in str(told.value) or isinstance(value, dict) or value == 0 or value == -1
+
+
+def test_what_no_model_can_be_made_of_is_told_in_a_sentence(folder: Path) -> None:
+    set_json(folder / "config.json", hidden_act="no such")
+    with pytest.raises(CheckpointError, match=r"makes no model of .*config\.json .*no such"):
+        plan_bytes(open_checkpoint(folder), "auto")

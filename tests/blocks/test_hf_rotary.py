@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from blocks.checkpoint import Checkpoint, length_scaling, model_card, open_checkpoint
+from blocks.checkpoint import Checkpoint, model_card, open_checkpoint
 from blocks.codec import from_raw, to_raw
+from blocks.config import length_scaling
 from blocks.errors import BlocksError
 from blocks.executor import Bounds, Executor, StepJob
 from blocks.hf import rotary
@@ -219,7 +220,8 @@ def test_a_joint_pass_computes_each_text_by_its_own_length(
         steps = [text[:, text.shape[1] - left][None] for text in texts]
         found = stack.run_joined(steps, caches, wants_logits=[True] * len(texts))
     theirs = [truth(model, text)[:, -1:] for text in texts]
-    is_growing = stack.length_scaling is not None and stack.length_scaling.grows_after
+    scaling = stack._carved.rotary.scaling
+    is_growing = scaling is not None and scaling.grows_after
     for number, (mine, his) in enumerate(zip(found, theirs, strict=True)):
         if number or not is_growing:  # its keys are those of shorter texts
             torch.testing.assert_close(mine, his, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,8 @@ import torch
 import trio
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from blocks.checkpoint import length_scaling, model_card, open_checkpoint
+from blocks.checkpoint import model_card, open_checkpoint
+from blocks.config import length_scaling
 from blocks.executor import Executor
 from blocks.load import load_stack
 from blocks.thread import ComputeThread

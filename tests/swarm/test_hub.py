@@ -142,6 +142,29 @@ def test_a_model_in_one_file_without_an_index_is_fetched_too(hub: Hub, tmp_path:
     assert hub.sent == hub.sizes()
 
 
+def test_a_model_in_one_file_beside_an_index_of_another_upload_is_the_one_that_is_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    model = tiny_models.AutoModelForCausalLM.from_pretrained(hub.folder)
+    model.save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", hub.folder)
+    description = described()
+    assert description.checkpoint.shards == ("model.safetensors",)
+    assert description.fingerprint == describe(hub.folder).fingerprint
+    bring(hub, description, "2:4")
+    assert set(hub.sent) == {"model.safetensors"}
+    hub.forget()
+    assert described().checkpoint.shards == ("model.safetensors",)
+
+
+def test_whether_there_is_one_file_is_asked_once_a_commit(hub: Hub) -> None:
+    described()
+    assert ("GET", "model.safetensors") in hub.asked
+    hub.forget()
+    assert len(described().checkpoint.shards) > 1
+    assert not [file for _, file in hub.asked if file == "model.safetensors"]
+
+
 def test_another_span_later_fetches_what_is_missing_and_nothing_twice(hub: Hub) -> None:
     description = described()
     bring(hub, description, "0:2")

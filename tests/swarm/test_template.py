@@ -5,7 +5,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from swarm.errors import BadInput
-from swarm.template import MOST_CHARACTERS, render_chat
+from swarm.template import MOST_CHARACTERS, Parts, render_chat
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 MESSAGES: list[dict[str, Any]] = [
@@ -169,3 +169,60 @@ def test_a_long_conversation_is_within_the_budget() -> None:
     messages = [{"role": "user", "content": "word " * 200}] * 2000
     for template in TEMPLATES.values():
         assert "word" in render_chat(template, messages, special_tokens=SPECIAL)
+
+
+PARTED = [{"role": "user", "content": Parts(["one", "two"])}, {"role": "user", "content": "three"}]
+LOOPS = {
+    "attribute": "{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}"
+    "{% endfor %}",
+    "filter": "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}({{ p['text'] }})"
+    "{% endfor %}{% endif %}{% endfor %}",
+    "name": "{% for m in messages %}{% set c = m.content %}{% set d = c %}{% if d is string %}"
+    "{{ d }}{% else %}{% for p in d %}({{ p.text }}){% endfor %}{% endif %}{% endfor %}",
+    "macro": "{% macro show(c, more) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}"
+    "({{ p.text }}){% endfor %}{% endif %}{% endmacro %}"
+    "{% for m in messages %}{{ show(m.content, 1) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", LOOPS.values(), ids=LOOPS.keys())
+def test_parts_are_parts_to_a_template_that_loops_over_them(template: str) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    plain = [{"role": "user", "content": parts}, {"role": "user", "content": "three"}]
+    theirs, _ = render_jinja_template([plain], chat_template=template)
+    assert [render_chat(template, PARTED, special_tokens={})] == theirs
+    assert "(one)(two)" in theirs[0]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }};{% endfor %}",
+        "{% for m in messages %}{% set c = m['content'] | trim %}{{ c }};{% endfor %}",
+        "{% for m in messages %}{% for l in m.content.split('-') %}{{ l }};{% endfor %}"
+        "{% endfor %}",
+    ],
+)
+def test_parts_are_a_text_to_every_other_template(template: str) -> None:
+    assert render_chat(template, PARTED, special_tokens={}) == "one\ntwo;three;"
+
+
+@pytest.mark.parametrize(("knows", "role"), [(False, "system"), (True, "developer")])
+def test_a_developer_speaks_as_the_system_where_a_template_knows_none(
+    knows: bool, role: str
+) -> None:
+    template = "{% for m in messages %}[{{ m.role }}]{% endfor %}" + "{# developer #}" * knows
+    messages = [{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}]
+    assert render_chat(template, messages, special_tokens={}) == f"[{role}][user]"
+    assert messages[0]["role"] == "developer"
+
+
+def test_documents_reach_the_template_as_those_given_to_transformers_do() -> None:
+    template = (
+        "{% if documents %}{% for d in documents %}{{ d.title }}{% endfor %}{% else %}-{% endif %}"
+    )
+    documents = [{"title": "A", "text": "a"}, {"title": "B", "text": "b"}]
+    theirs, _ = render_jinja_template([MESSAGES], chat_template=template, documents=documents)
+    assert [render(template, variables={"documents": documents})] == theirs == ["AB"]
+    assert render(template) == "-"

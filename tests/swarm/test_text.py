@@ -281,6 +281,38 @@ def test_the_chat_template_is_found_where_models_keep_it(
     assert Tokens(files).chat_template == expected
 
 
+SEVERAL = [{"name": name, "template": name[0]} for name in ("rag", "tool_use", "default")]
+
+
+@pytest.mark.parametrize("has_tools", [False, True])
+@pytest.mark.parametrize("names", [("default", "tool_use", "rag"), ("default",), ("tool_use",), ()])
+def test_of_several_chat_templates_the_one_is_used_that_transformers_uses(
+    names: tuple[str, ...], has_tools: bool, tmp_path: Path
+) -> None:
+    told = [entry for entry in SEVERAL if entry["name"] in (*names, "rag")]
+    files = {
+        "tokenizer.json": tokenizer_json("metaspace"),
+        "tokenizer_config.json": json.dumps({"chat_template": told}).encode(),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokens(files)
+    tools = [{}] if has_tools else None
+    try:
+        wanted = theirs.get_chat_template(tools=tools)
+    except ValueError:
+        with pytest.raises(BadInput, match=r"several chat templates \(rag.*\) and none is its"):
+            ours.template_for(has_tools=has_tools)
+    else:
+        assert ours.template_for(has_tools=has_tools) == wanted
+
+
+def test_a_model_without_a_chat_template_has_none_for_any_chat() -> None:
+    ours = Tokens({"tokenizer.json": tokenizer_json("metaspace")})
+    assert (ours.template_for(), ours.template_for(has_tools=True)) == (None, None)
+
+
 # the stream
 
 

@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def tokens(template: str | None = None) -> Tokens:
+def tokens(template: Any = None) -> Tokens:
     config = {"eos_token": "<end>", **({"chat_template": template} if template else {})}
     return Tokens(
         {
@@ -59,7 +59,7 @@ def card(context: int = 512) -> ModelCard:
     )
 
 
-def model(template: str | None = None) -> Model:
+def model(template: Any = None) -> Model:
     return Model(fingerprint=FINGERPRINT, card=card(), tokens=tokens(template))
 
 
@@ -99,7 +99,7 @@ class WorldSwarm:
 class ScriptedSwarm:
     """One server whose model wants to say `script`, and after it END."""
 
-    def __init__(self, script: str, template: str | None = None) -> None:
+    def __init__(self, script: str, template: Any = None) -> None:
         self.model = model(template)
         self.script = [*self.model.tokens.encode(script), END]
         self.prompts: list[str] = []

@@ -139,6 +139,35 @@ def test_the_models_own_template_is_used_and_its_text_gets_no_more_ends() -> Non
     assert made["choices"][0]["message"]["content"] == " yes"
 
 
+def test_a_template_for_tools_is_used_when_there_are_tools_and_one_of_several_must_be_default() -> (
+    None
+):
+    templates = [
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}>"},
+        {"name": "default", "template": "plain{{ documents[0] if documents }}>"},
+    ]
+    fields = {"model": MODEL, "messages": HELLO, "temperature": 0}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    swarm = ScriptedSwarm(" yes", templates)
+    asked(swarm, CHAT, {**fields, "tools": tools})
+    asked(swarm, CHAT, {**fields, "chat_template_kwargs": {"documents": ["doc"]}})
+    assert swarm.prompts == ["look>", "plaindoc>"]
+    made = asked(ScriptedSwarm(" yes", templates[:1]), CHAT, fields)
+    assert made.status == 400
+    assert "tool_use" in made.json["error"]["message"]
+
+
+def test_parts_of_a_content_reach_a_template_that_loops_over_them() -> None:
+    template = (
+        "{% for m in messages %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endfor %}"
+    )
+    swarm = ScriptedSwarm(" yes", template)
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "user", "content": content}]
+    asked(swarm, CHAT, {"model": MODEL, "messages": messages, "temperature": 0})
+    assert swarm.prompts == ["(a)(b)"]
+
+
 def test_without_a_template_the_plain_one_ends_where_the_user_would_speak() -> None:
     swarm = ScriptedSwarm(" Yes.\nUser: and you?")
     made = asked(swarm, CHAT, {"model": MODEL, "messages": HELLO, "temperature": 0}).json
