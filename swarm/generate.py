@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+import msgspec
 import numpy as np
 import trio
 from numpy.typing import NDArray
@@ -68,9 +69,12 @@ class Guide(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
-    """What to generate: at most `most_tokens`, ended by any of `end_ids`."""
+    """What to generate: at most `most_tokens`, ended by any of `end_ids`, of which none is chosen
+    before there are `least_tokens`; no guide goes with that.
+    """
 
     most_tokens: int
+    least_tokens: int = 0
     end_ids: frozenset[int]
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
 
@@ -127,7 +131,7 @@ async def generate(
     ids = list(prompt)
     counts = counts_of(ids, ())
     drafted: list[int] = []
-    wish = _next_wish(settings.sampling, counts, guide)
+    wish = _next_wish(settings, counts, guide)
     for start, chunk, is_last in _chunks(prompt, session.pages):
         session.step(start, ids_payload(chunk), "last" if is_last else "none", wish)
     while True:
@@ -136,6 +140,8 @@ async def generate(
             choices = [await _allowed(session, ids, settings.sampling, guide, choices[0])]
         on_step(times, choices)
         for place, candidates in enumerate(choices):
+            if len(made.token_ids) < settings.least_tokens:
+                candidates = candidates.without(settings.end_ids)
             token = choose(candidates, settings.sampling, len(ids), counts)
             ids.append(token)
             counts[token] = counts.get(token, 0) + 1
@@ -149,7 +155,7 @@ async def generate(
             guide.take(token)
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
-        wish = _next_wish(settings.sampling, {*counts, *drafted}, guide)
+        wish = _next_wish(settings, {*counts, *drafted}, guide)
         step = [ids[-1], *drafted]
         session.step(len(ids) - 1, ids_payload(step), "all" if drafted else "last", wish)
 
@@ -211,10 +217,13 @@ def _states(payload: Mapping[str, Tensor], count: int) -> NDArray[np.float32]:
     return values.reshape(count, -1)
 
 
-def _next_wish(sampling: SamplingSettings, seen: Iterable[int], guide: Guide | None) -> Wish:
+def _next_wish(settings: GenerateSettings, seen: Iterable[int], guide: Guide | None) -> Wish:
     """What to ask the last hop for, so that the next id can be chosen."""
+    sampling = settings.sampling
     if guide is None:
-        return wish_for(sampling, seen)
+        wish = wish_for(sampling, seen)
+        spare = len(settings.end_ids) if settings.least_tokens else 0  # they may be left out
+        return msgspec.structs.replace(wish, count=wish.count + spare) if spare else wish
     few = guide.few()
     if few is None:
         return wish_for(sampling, seen, count=GUIDED_COUNT)

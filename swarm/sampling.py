@@ -8,13 +8,14 @@ top_p counts shares of what is left; top_k is exact, because `wish_for` asks for
    position gives the same token.
 2. Equal logits go to the lowest id, as the first maximum of `torch.argmax` does.
 3. The order is transformers': bias (at the server), repetition, presence and frequency,
-   temperature, top_k, top_p. Penalties are computed in float32, as there; the rest in float64.
+   temperature, top_k, top_p, min_p. Penalties are computed in float32, as there; the rest in
+   float64.
 4. A payload from a peer raises nothing but PeerFault.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ class SamplingSettings:
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 is no limit
+    min_p: float = 0.0  # of the likeliest id's share, what less likely ones must have
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -55,6 +57,7 @@ class SamplingSettings:
         _need(0 <= self.temperature < math.inf, "temperature", "0 or more", self.temperature)
         _need(0 < self.top_p <= 1, "top_p", "above 0 and at most 1", self.top_p)
         _need(0 <= self.top_k <= MOST_COUNT, "top_k", f"0 to {MOST_COUNT}", self.top_k)
+        _need(0 <= self.min_p <= 1, "min_p", "0 to 1", self.min_p)
         repetition = self.repetition_penalty
         _need(0 < repetition < math.inf, "repetition_penalty", "above 0", repetition)
         for name in ("presence_penalty", "frequency_penalty"):
@@ -111,6 +114,17 @@ class Candidates:
         tokens, logits = self.pool()
         found = np.flatnonzero(tokens == token)
         return float(logits[found[0]]) - self._total(logits) if len(found) else -math.inf
+
+    def without(self, ids: Collection[int]) -> "Candidates":
+        """These candidates, but for ids that must not be chosen."""
+        unwanted = np.fromiter(ids, np.int64, len(ids))
+        return replace(
+            self,
+            logits=np.where(np.isin(self.tokens, unwanted), np.float32(-np.inf), self.logits),
+            named_logits=np.where(
+                np.isin(self.named_tokens, unwanted), np.float32(-np.inf), self.named_logits
+            ),
+        )
 
     def likeliest(self, count: int) -> list[tuple[int, float]]:
         """The `count` likeliest ids with their log-probabilities, as above: highest first, equal
@@ -235,7 +249,7 @@ def _shares(logits: Logits, settings: SamplingSettings) -> NDArray[np.float64]:
     if settings.top_p < 1:
         tail = np.cumsum(shares[::-1])[::-1] / shares.sum()  # of each id and all below it
         shares = shares[: max(1, int((tail > 1 - settings.top_p).sum()))]
-    return shares
+    return shares[shares >= settings.min_p]  # the likeliest has 1
 
 
 def _random(seed: int, position: int) -> float:

@@ -204,6 +204,7 @@ async def ask(
     body: Any = None,
     *,
     headers: Mapping[str, str] | None = None,
+    method: str | None = None,
     hang_up: trio.Event | None = None,
     answer: Answer | None = None,
 ) -> Answer:
@@ -234,12 +235,11 @@ async def ask(
             made.is_whole = True
             gone.set()
 
-    method = "GET" if body is None else "POST"
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.1"},
         "http_version": "1.1",
-        "method": method,
+        "method": method or ("GET" if body is None else "POST"),
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
