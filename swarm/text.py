@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from swarm.errors import BadInput, PeerFault
 from swarm.rules import Rules
@@ -33,6 +34,10 @@ _NAMED_TOKENS = (
     "mask_token",
 )
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+_LETTERS = sorted(ByteLevel.alphabet())  # a byte that is no letter has one beyond the 256
+_OTHERS = sorted(set(range(256)) - set(map(ord, _LETTERS)))
+_BYTE_OF = dict(zip(_LETTERS, [*sorted(set(range(256)) - set(_OTHERS)), *_OTHERS], strict=True))
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -200,6 +205,17 @@ class Tokens:
             return False
         text = self._tokenizer.id_to_token(token)
         return text is not None and _BYTE_TOKEN.fullmatch(text) is not None
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that the id stands for, which may be a part of a character only."""
+        text = self.decode([token], skip_special=False)
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or UNKNOWN_CHARACTER not in text:
+            return text.encode()
+        if self.is_byte(token):
+            return bytes.fromhex(piece[3:5])
+        known = all(letter in _BYTE_OF for letter in piece)
+        return bytes(_BYTE_OF[letter] for letter in piece) if known else text.encode()
 
     def _added(self) -> Mapping[int, AddedToken]:
         added: Mapping[int, AddedToken] = self._tokenizer.get_added_tokens_decoder()

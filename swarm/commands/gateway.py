@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from swarm import interrupts
-from swarm.commands.options import ApiKey, ApiKeyFile, Join, Json
+from swarm.commands.options import AllowOrigin, ApiKey, ApiKeyFile, Join, Json
 
 
 def api(
@@ -21,6 +21,7 @@ def api(
     ] = 0,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    allow_origin: AllowOrigin = None,
     patience: Annotated[
         float,
         typer.Option(
@@ -41,12 +42,13 @@ def api(
 
     with readable_errors(is_json=as_json):
         from swarm.gateway.door import open_door
-        from swarm.gateway.settings import GatewaySettings, read_keys
+        from swarm.gateway.settings import GatewaySettings, read_keys, read_origins
 
         settings = GatewaySettings(
             host=host,
             port=port,
             keys=read_keys(tuple(api_key or ()), api_key_file),
+            origins=read_origins(tuple(allow_origin or ())),
             route_seconds=patience,
         )
         door = open_door(settings)

@@ -66,6 +66,16 @@ ApiKeyFile = Annotated[
         help="A file of such secrets, one a line; other users cannot see it, as they can options.",
     ),
 ]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-origin",
+        envvar="SWARM_ALLOW_ORIGIN",
+        metavar="ORIGIN",
+        help="Let pages of this origin ask the API from a browser, like https://chat.example.org, "
+        "or * for any. May be repeated. Default: no page may.",
+    ),
+]
 Dtype = Annotated[
     str,
     typer.Option(

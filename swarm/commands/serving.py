@@ -7,6 +7,7 @@ import typer
 
 from swarm import interrupts
 from swarm.commands.options import (
+    AllowOrigin,
     ApiKey,
     ApiKeyFile,
     Device,
@@ -119,6 +120,7 @@ def serve(
     ] = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    allow_origin: AllowOrigin = None,
     unproven: Annotated[
         bool,
         typer.Option(
@@ -165,12 +167,15 @@ def serve(
             )
         door = None
         if api is not None:
+            from swarm.gateway import settings as gateway
             from swarm.gateway.door import open_door
-            from swarm.gateway.settings import GatewaySettings, parse_address, read_keys
 
-            address, number = parse_address(api)
-            keys = read_keys(tuple(api_key or ()), api_key_file)
-            door = open_door(GatewaySettings(host=address, port=number, keys=keys))
+            address, number = gateway.parse_address(api)
+            keys = gateway.read_keys(tuple(api_key or ()), api_key_file)
+            origins = gateway.read_origins(tuple(allow_origin or ()))
+            door = open_door(
+                gateway.GatewaySettings(host=address, port=number, keys=keys, origins=origins)
+            )
         from swarm.serve import serve as run_server
 
         with Console(is_json=as_json) as console:

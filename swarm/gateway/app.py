@@ -16,6 +16,7 @@ from swarm.gateway.messages import CountRequest, Messages, MessagesRequest
 from swarm.gateway.metrics import CONTENT_TYPE
 from swarm.gateway.openai import OpenAi
 from swarm.gateway.openapi import document
+from swarm.gateway.origins import Origins
 from swarm.gateway.requests import ChatRequest, CompletionRequest
 from swarm.gateway.responses import Responses, ResponsesRequest
 from swarm.gateway.sessions import Swarm
@@ -87,7 +88,8 @@ def application(swarm: Swarm, settings: GatewaySettings) -> App:
         exception_handlers={HTTPException: _told},
     )
     inner.router.redirect_slashes = False
-    return Attended(inner, most_bytes=settings.most_body_bytes, within=settings.body_seconds)
+    app = Origins(inner, settings.origins) if settings.origins else inner
+    return Attended(app, most_bytes=settings.most_body_bytes, within=settings.body_seconds)
 
 
 async def _told(request: Request, error: Exception) -> JSONResponse:

@@ -4,20 +4,27 @@
 2. Whatever cannot be is an ApiError before a session is opened.
 """
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from swarm.errors import BadInput
-from swarm.gateway.faults import ApiError, bad, checked
-from swarm.gateway.requests import Request, Stops
+from swarm.gateway.faults import ApiError, bad, checked, unsupported
+from swarm.gateway.requests import Request, ResponseFormat, Stops, StructuredOutputs
 from swarm.gateway.settings import GatewaySettings
 from swarm.generate import GenerateSettings, Guide, check_prompt
 from swarm.sampling import MOST_BIASED, SamplingSettings
 from swarm.text import ModelCard
 
 _LEAST_SHARE = 1e-9  # top_p 0 keeps the likeliest id alone
+
+
+Form = tuple[str, str, str]
+"""The form that an answer must have: its kind (json, regex, choice or grammar), the form in that
+kind's words, and the field that asks for it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +43,15 @@ class Ask:
     prompt_tokens: int  # each prompt counted once, however many answers it gets
     stops: tuple[str, ...] = ()
     own_stops: tuple[str, ...] = ()  # the template's, not the caller's
+    stop_ids: frozenset[int] = frozenset()  # the caller's: they end the answer, and are none of it
     top: int | None = None  # how many likeliest ids to tell beside each token; None: no logprobs
     keeps_special: bool = False  # special tokens are text, too: some mark a tool's call
     strips_start: bool = False  # white space at the start is no part of the answer
     new_guide: Callable[[], Guide] | None = None
+    tools: tuple[str, ...] = ()  # that may be called in the answer, by name
+    has_one_call: bool = False  # of them, at most
+    thinks: bool = False  # the answer may begin with a thought
+    is_thinking: bool = False  # the prompt ends in one
 
 
 def ask_of(
@@ -62,7 +74,11 @@ def ask_of(
     checked(count <= most, f"{count} answers in one request are more than {most}", "n")
     seed = secrets.randbits(32) if request.seed is None else request.seed
     sampling = sampling_of(request, card)
-    ends = frozenset() if request.ignore_eos else frozenset(card.end_of_sequence_ids)
+    stop_ids = frozenset(request.stop_token_ids or ())
+    ends = stop_ids if request.ignore_eos else stop_ids.union(card.end_of_sequence_ids)
+    least = request.min_tokens or 0
+    checked(least <= most_tokens, f"more than the {most_tokens} tokens at most", "min_tokens")
+    own = card.generation.rules
     choices = []
     for prompt in prompts:
         check_fits(prompt, card)
@@ -72,7 +88,7 @@ def ask_of(
                 most_tokens=min(most_tokens, room),
                 end_ids=ends,
                 sampling=_seeded(sampling, seed + number),
-                rules=card.generation.rules,
+                rules=replace(own, min_new_tokens=max(least, own.min_new_tokens)),
             )
             choices.append(Choice(tuple(prompt), settings))
     return Ask(
@@ -80,6 +96,7 @@ def ask_of(
         prompt_tokens=sum(map(len, prompts)),
         stops=stops_of(request.stop),
         own_stops=(*own_stops, *card.generation.stop_strings),
+        stop_ids=stop_ids,
         **shape,
     )
 
@@ -105,7 +122,7 @@ def sampling_of(request: Request, card: ModelCard) -> SamplingSettings:
             temperature=_first(request.temperature, own.temperature, 1.0),
             top_p=max(_first(request.top_p, own.top_p, 1.0), _LEAST_SHARE),
             top_k=top_k,
-            min_p=own.min_p or 0.0,
+            min_p=_first(request.min_p, own.min_p, 0.0),
             repetition_penalty=_first(request.repetition_penalty, own.repetition_penalty, 1.0),
             presence_penalty=request.presence_penalty or 0.0,
             frequency_penalty=request.frequency_penalty or 0.0,
@@ -120,6 +137,39 @@ def stops_of(stop: Stops | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def form_of(request: Request) -> Form | None:
+    """The form that the request wants, if any. ApiError if it wants several."""
+    asked = request.structured_outputs or StructuredOutputs()
+    refused = ("structural_tag", "whitespace_pattern", "disable_any_whitespace")
+    unsupported(
+        {name: getattr(asked, name) for name in (*refused, "disable_additional_properties")}
+    )
+    kinds = ("json", "regex", "choice", "grammar")
+    given = [(kind, getattr(asked, kind), "structured_outputs") for kind in kinds]
+    given += [(kind, getattr(request, f"guided_{kind}"), f"guided_{kind}") for kind in kinds]
+    given.append(("json", {"type": "object"} if asked.json_object else None, "structured_outputs"))
+    given.append(("json", _schema_of(request.response_format), "response_format"))
+    found = [each for each in given if each[1] is not None]
+    if not found:
+        return None
+    kind, form, param = found[-1]
+    checked(len(found) == 1, "an answer can have one form only", param)
+    if kind == "json" and isinstance(form, str):
+        try:
+            form = json.loads(form)
+        except (ValueError, RecursionError) as error:
+            raise bad("the schema is not JSON", param) from error
+    return kind, form if isinstance(form, str) else json.dumps(form), param
+
+
+def _schema_of(form: ResponseFormat | None) -> dict[str, Any] | None:
+    if form is None or form.type == "text":
+        return None
+    schema = form.json_schema.schema if form.json_schema is not None else None
+    checked(form.type == "json_object" or schema is not None, "no schema", "response_format")
+    return {"type": "object"} if schema is None else schema
 
 
 def _bias(request: Request, card: ModelCard) -> dict[int, float]:

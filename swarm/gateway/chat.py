@@ -3,18 +3,23 @@
 1. A template gets what those of transformers get: plain values, a tool call's arguments as an
    object.
 2. A model without a template gets PLAIN_TEMPLATE, and its answer ends where the user would speak.
+3. What the model once said is never a reason to refuse what comes after it.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from swarm.errors import BadInput
+from swarm.gateway.answering import guide_of
 from swarm.gateway.ask import Ask, ask_of
 from swarm.gateway.desk import Desk, aside
 from swarm.gateway.faults import bad, checked, unsupported
-from swarm.gateway.requests import ChatMessage, ChatRequest, Tool
+from swarm.gateway.requests import ChatMessage, ChatRequest, Function, NamedTool, Tool
+from swarm.gateway.thinking import OPEN, is_open, thinks
+from swarm.gateway.tools import read_arguments
 from swarm.template import Parts, render_chat
 from swarm.text import Tokens
 
@@ -22,9 +27,40 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant', 'tool': 'Tool'}"
     "[message.role] }}: {{ message.content }}\n\n"
-    "{% endfor %}Assistant:"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 PLAIN_STOPS = ("\nUser:", "\n\nUser:")
+_HERE = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own mark, and its space: it may be trimmed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """What a template is given."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Function] = ()
+    variables: Mapping[str, Any] | None = None
+    is_asking: bool = True  # an assistant's turn is begun
+    is_continued: bool = False  # the last message is gone on with instead
+
+    def __post_init__(self) -> None:
+        if self.is_continued:
+            has_calls = not self.messages or self.messages[-1].get("tool_calls")
+            checked(not has_calls, "no message to go on with", "continue_final_message")
+
+    @property
+    def size(self) -> int:
+        """About so many characters."""
+        return sum(len(message["content"]) for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The text of a chat, and how its answer begins."""
+
+    text: str
+    needs_ends: bool  # special tokens must be put around it
+    is_thinking: bool  # it ends within a thought
 
 
 def takes_tools(tokens: Tokens) -> bool:
@@ -32,29 +68,39 @@ def takes_tools(tokens: Tokens) -> bool:
     return "tools" in (tokens.chat_templates.get("tool_use") or tokens.chat_template or "")
 
 
-def chat_text(
-    tokens: Tokens,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Tool] | None,
-    variables: Mapping[str, Any] | None,
-) -> tuple[str, bool]:
-    """Return the text of a chat, and whether special tokens must be put around it.
-
-    ApiError says what the template says.
-    """
-    if tools and not takes_tools(tokens):
+def chat_text(tokens: Tokens, chat: Chat) -> Prompt:
+    """Return the text of a chat. ApiError says what the template says."""
+    if chat.tools and not takes_tools(tokens):
         raise bad("this model's chat template takes no tools", "tools", "unsupported_parameter")
+    messages = list(chat.messages)
+    if chat.is_continued:
+        messages[-1] = {**messages[-1], "content": messages[-1]["content"] + _HERE}
     try:
         text = render_chat(
-            tokens.template_for(has_tools=bool(tools)) or PLAIN_TEMPLATE,
+            tokens.template_for(has_tools=bool(chat.tools)) or PLAIN_TEMPLATE,
             messages,
             special_tokens=tokens.special_tokens,
-            tools=[_plain_tool(tool) for tool in tools] if tools else None,
-            variables=variables,
+            add_generation_prompt=chat.is_asking and not chat.is_continued,
+            tools=[_plain_tool(tool) for tool in chat.tools] or None,
+            variables=chat.variables,
         )
     except BadInput as error:
         raise bad(error.sentence(), "messages") from error
-    return text, not tokens.chat_templates
+    end = text.rstrip()[-len(OPEN) :]
+    if chat.is_continued:
+        end = chat.messages[-1]["content"]
+        text = _cut_at_mark(text, end)
+    return Prompt(text, not tokens.chat_templates, is_open(end))
+
+
+def _cut_at_mark(text: str, said: str) -> str:
+    """The text of a chat up to the end of its last message. ApiError if the template changes what
+    was said there.
+    """
+    before, mark, after = text.rpartition(_HERE.rstrip())
+    if not mark or said.strip() not in before:
+        raise bad("this model's chat template leaves the last message out", "messages")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -76,7 +122,7 @@ def _plain_message(message: ChatMessage, place: int) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _arguments(call.function.arguments, where),
+                    "arguments": read_arguments(call.function.arguments),
                 },
             }
             for call in message.tool_calls
@@ -99,18 +145,7 @@ def _text_of(message: ChatMessage, where: str) -> str:
     return Parts(texts)
 
 
-def _arguments(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise bad("a tool call's arguments are not JSON", f"{where}.tool_calls") from error
-    checked(isinstance(value, dict), "a tool call's arguments are no object", f"{where}.tool_calls")
-    arguments: dict[str, Any] = value
-    return arguments
-
-
-def _plain_tool(tool: Tool) -> dict[str, Any]:
-    function = tool.function
+def _plain_tool(function: Function) -> dict[str, Any]:
     return {
         "type": "function",
         "function": {
@@ -121,28 +156,36 @@ def _plain_tool(tool: Tool) -> dict[str, Any]:
     }
 
 
-def check_tool_choice(request: ChatRequest) -> tuple[tuple[Tool, ...], bool]:
+def functions_of(tools: Sequence[Tool] | None) -> tuple[Function, ...]:
+    """The tools that are functions: others run at a provider, and are left out."""
+    own = [tool.function for tool in tools or () if tool.type == "function"]
+    checked(None not in own, "a tool without its function", "tools")
+    return tuple(function for function in own if function is not None)
+
+
+def check_tool_choice(request: ChatRequest) -> tuple[tuple[Function, ...], bool]:
     """Return the tools the model may call, and whether it must call one. ApiError if one is
     required that is not there.
     """
-    choice, tools = request.tool_choice, tuple(request.tools or ())
-    if choice is None or isinstance(choice, str):
-        must = choice == "required"
-        checked(bool(tools) or not must, "tools are required, and none is given", "tool_choice")
-        return () if choice == "none" else tools, must
-    named = tuple(tool for tool in tools if tool.function.name == choice.function.name)
-    checked(bool(named), f"there is no tool {choice.function.name[:64]!r}", "tool_choice")
-    return named, True
+    choice, tools = request.tool_choice, functions_of(request.tools)
+    if isinstance(choice, NamedTool):
+        name = choice.type if choice.function is None else choice.function.name
+        named = tuple(tool for tool in tools if choice.function and tool.name == name)
+        checked(bool(named), f"there is no tool {name[:64]!r} here", "tool_choice")
+        return named, True
+    must = choice == "required"
+    checked(bool(tools) or not must, "tools are required, and none is given", "tool_choice")
+    return () if choice == "none" else tools, must
 
 
-def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
+def call_schema(tools: Sequence[Function]) -> dict[str, Any]:
     """The JSON schema of a call of any of these tools, as `ToolReader` reads it."""
     forms = [
         {
             "type": "object",
             "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
+                "name": {"const": tool.name},
+                "arguments": tool.parameters or {"type": "object"},
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -152,38 +195,49 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
-async def chat_ask(desk: Desk, request: ChatRequest) -> tuple[Ask, tuple[str, ...]]:
-    """Return what the chat asks for, and the names of the tools that may be called in the answer.
-
-    ApiError if it cannot be.
-    """
+async def chat_ask(desk: Desk, request: ChatRequest) -> Ask:
+    """Return what the chat asks for. ApiError if it cannot be."""
     check_chat(request)
     tools, must_call = check_tool_choice(request)
-    messages = plain_messages(request.messages)
-    prompt, stops = await chat_ids(desk, messages, tools, request.chat_template_kwargs)
-    new_guide = None
-    form = request.response_format
-    if must_call:
-        new_guide = await desk.grammars.compiled(call_schema(tools), "tools")
-    elif form is not None and form.type != "text":
-        schema = form.json_schema.schema if form.json_schema is not None else None
-        checked(form.type == "json_object" or schema is not None, "no schema", "response_format")
-        wanted = {"type": "object"} if schema is None else schema
-        new_guide = await desk.grammars.compiled(wanted, "response_format")
-    checked(not (new_guide and request.ignore_eos), "JSON ends by itself", "ignore_eos")
-    ask = ask_of(
+    chat = Chat(
+        messages=plain_messages(request.messages),
+        tools=tools,
+        variables=_variables(request),
+        is_asking=request.add_generation_prompt is not False,
+        is_continued=bool(request.continue_final_message),
+    )
+    prompt, ids = await chat_ids(desk, chat)
+    call = ("json", json.dumps(call_schema(tools)), "tools") if must_call else None
+    new_guide = await guide_of(desk, request, call)
+    tokens = desk.swarm.model.tokens
+    is_thinker = thinks(tokens.chat_template) and new_guide is None
+    return ask_of(
         request,
-        [prompt],
+        [ids],
         request.max_completion_tokens or request.max_tokens or desk.settings.default_tokens,
         desk.swarm.model.card,
         desk.settings,
-        own_stops=stops,
+        own_stops=PLAIN_STOPS if prompt.needs_ends else (),
         top=(request.top_logprobs or 0) if request.logprobs else None,
-        keeps_special=bool(tools),
-        strips_start=bool(stops),
+        keeps_special=bool(tools) or (is_thinker and _hides_tags(tokens)),
+        strips_start=prompt.needs_ends and not chat.is_continued,
         new_guide=new_guide,
+        tools=tuple(tool.name for tool in tools),
+        has_one_call=request.parallel_tool_calls is False,
+        thinks=is_thinker,
+        is_thinking=prompt.is_thinking,
     )
-    return ask, tuple(tool.function.name for tool in tools)
+
+
+def _variables(request: ChatRequest) -> dict[str, Any]:
+    effort = request.reasoning_effort
+    own = {} if effort is None else {"reasoning_effort": effort}
+    return {**own, **(request.chat_template_kwargs or {})}
+
+
+def _hides_tags(tokens: Tokens) -> bool:
+    """Tell whether the tags of thoughts are special tokens, which text leaves out."""
+    return OPEN not in tokens.decode(tokens.encode(OPEN, with_ends=False))
 
 
 def check_chat(request: ChatRequest) -> None:
@@ -197,6 +251,11 @@ def check_chat(request: ChatRequest) -> None:
             "web_search_options": request.web_search_options,
         }
     )
+    checked(
+        not (request.continue_final_message and request.add_generation_prompt),
+        "a message is either gone on with or answered",
+        "add_generation_prompt",
+    )
     checked(request.modalities in (None, [], ["text"]), "only text is spoken here", "modalities")
     checked(
         bool(request.logprobs) or not request.top_logprobs,
@@ -205,15 +264,7 @@ def check_chat(request: ChatRequest) -> None:
     )
 
 
-async def chat_ids(
-    desk: Desk,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Tool],
-    variables: Mapping[str, Any] | None,
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the ids of a chat, and the stops that its template calls for."""
-    tokens = desk.swarm.model.tokens
-    size = sum(len(message["content"]) for message in messages)
-    text, needs_ends = await aside(partial(chat_text, tokens, messages, tools, variables), size)
-    ids = await desk.encode(text, with_ends=needs_ends)
-    return ids, () if tokens.chat_templates else PLAIN_STOPS
+async def chat_ids(desk: Desk, chat: Chat) -> tuple[Prompt, list[int]]:
+    """Return the text of a chat, and its ids. ApiError says what the template says."""
+    prompt = await aside(partial(chat_text, desk.swarm.model.tokens, chat), chat.size)
+    return prompt, await desk.encode(prompt.text, with_ends=prompt.needs_ends)

@@ -6,28 +6,20 @@ from typing import Any
 from swarm.gateway.ask import Ask
 from swarm.gateway.replies import REASONS, OpenAiWriter, x_swarm_of
 from swarm.gateway.speech import Ended, Opened, Piece, Share, Told
-from swarm.gateway.tools import Call, reader_for
-
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+from swarm.gateway.thinking import Reader, Said, Thought
+from swarm.gateway.tools import Call
 
 
 class ChatWriter(OpenAiWriter):
-    """The shapes of /v1/chat/completions. `tools`: names of those that may be called."""
+    """The shapes of /v1/chat/completions."""
 
     kind = "chat.completion"
     prefix = "chatcmpl"
 
-    def __init__(
-        self,
-        ask: Ask,
-        model: str,
-        fingerprint: str,
-        *,
-        has_usage: bool,
-        tools: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, ask: Ask, model: str, fingerprint: str, *, has_usage: bool) -> None:
         super().__init__(ask, model, fingerprint, has_usage=has_usage)
-        self._readers = [reader_for(tools) for _ in ask.choices]
+        self._readers = [Reader(ask) for _ in ask.choices]
+        self._thoughts: list[list[str]] = [[] for _ in ask.choices]
         self._calls: list[list[Call]] = [[] for _ in ask.choices]
         self._said: list[list[str]] = [[] for _ in ask.choices]
 
@@ -44,7 +36,9 @@ class ChatWriter(OpenAiWriter):
         """Chunks of text and of calls."""
         self.collected.add(piece)
         logs = chat_logs(piece.told) if self._ask.top is not None else None
-        deltas = list(self._deltas(piece.index, self._readers[piece.index].feed(piece.text)))
+        deltas = list(
+            self._deltas(piece.index, self._readers[piece.index].feed(piece.text, piece.tokens))
+        )
         if logs is not None and not deltas:
             deltas = [{"content": ""}]
         for place, delta in enumerate(deltas):
@@ -58,11 +52,14 @@ class ChatWriter(OpenAiWriter):
         choice = {**self._choice(ended.index, {}), "finish_reason": self._reason(ended)}
         yield {**self._chunk(choice), "x_swarm": x_swarm_of(ended)}
 
-    def _deltas(self, index: int, parts: Iterable[str | Call]) -> Iterator[dict[str, Any]]:
+    def _deltas(self, index: int, parts: Iterable[Said]) -> Iterator[dict[str, Any]]:
         for part in parts:
             if isinstance(part, str):
                 self._said[index].append(part)
                 yield {"content": part}
+            elif isinstance(part, Thought):
+                self._thoughts[index].append(part.text)
+                yield {"reasoning_content": part.text}
             else:
                 number = len(self._calls[index])
                 self._calls[index].append(part)
@@ -86,6 +83,8 @@ class ChatWriter(OpenAiWriter):
             "content": None if calls and not text.strip() else text,
             "refusal": None,
         }
+        if self._thoughts[index]:
+            message["reasoning_content"] = "".join(self._thoughts[index])
         if calls:
             message["tool_calls"] = calls
         logs = chat_logs(self.collected.told[index]) if self._ask.top is not None else None
@@ -111,9 +110,4 @@ def chat_logs(told: Sequence[Told]) -> dict[str, Any]:
 
 
 def _entry(share: Share) -> dict[str, Any]:
-    known = _UNKNOWN not in share.text  # half a character: which bytes it was is lost
-    return {
-        "token": share.text,
-        "logprob": share.log,
-        "bytes": list(share.text.encode()) if known else None,
-    }
+    return {"token": share.text, "logprob": share.log, "bytes": list(share.bytes)}

@@ -1,14 +1,16 @@
 """What every request passes: the key, the model's name, room for one more, the prompt's ids.
 
-1. No more than `most_running` answers are being generated; whoever comes then is told when to come
-   again, and waits for nothing.
+1. No more than `most_running` answers are being generated. Whoever comes then waits for room, first
+   come, first served; so do `most_waiting` answers at most, for `queue_seconds` at most. Others are
+   told when to come again.
+2. Whoever leaves the queue, however, leaves nothing in it.
 """
 
 import hmac
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -17,7 +19,7 @@ from starlette.requests import Request
 
 from routing.coverage import uncovered
 from swarm.gateway.ask import model_missing
-from swarm.gateway.faults import RETRY_SECONDS, ApiError
+from swarm.gateway.faults import MOST_RETRY_SECONDS, RETRY_SECONDS, ApiError
 from swarm.gateway.grammar import Grammars
 from swarm.gateway.metrics import Meter
 from swarm.gateway.sessions import Swarm
@@ -27,6 +29,8 @@ from swarm.tasks import in_thread
 
 # Shorter text is encoded in less time than a thread takes to begin.
 _SHORT_CHARACTERS = 16_384
+
+_LATEST_SHARE = 0.2  # of the last answer in the mean of how long one takes
 
 _PORT = re.compile(r":[0-9]*$")
 
@@ -43,6 +47,8 @@ class Desk:
         self.grammars = Grammars(swarm.model)
         self._keys = tuple(key.encode() for key in settings.keys)
         self._running = 0
+        self._queue: dict[trio.Event, int] = {}  # who waits, for how many answers, in their order
+        self._mean_seconds = RETRY_SECONDS  # that an answer takes
         self._name = swarm.model.card.name
 
     @property
@@ -90,22 +96,58 @@ class Desk:
         if asked not in (name, name.rpartition("/")[2]):
             raise model_missing(asked, name)
 
-    @contextmanager
-    def room_for(self, answers: int) -> Iterator[None]:
-        """Hold room for so many answers. ApiError 429 if there is none."""
-        most = self.settings.most_running
-        if self._running + answers > most:
-            raise ApiError(
-                429,
-                f"{self._running} of {most} answers are being generated: come again soon",
-                code="rate_limit_exceeded",
-                retry_seconds=RETRY_SECONDS,
-            )
-        self._running += answers
+    @asynccontextmanager
+    async def room_for(self, answers: int) -> AsyncIterator[None]:
+        """Wait for room for so many answers, and hold it. ApiError 429 if there is none in time."""
+        if self._queue or self._running + answers > self.settings.most_running:
+            await self._wait_for_room(answers)
+        else:
+            self._running += answers
+        began = trio.current_time()
         try:
             yield
         finally:
+            seconds = trio.current_time() - began
+            self._mean_seconds += _LATEST_SHARE * (seconds - self._mean_seconds)
             self._running -= answers
+            self._let_in()
+
+    async def _wait_for_room(self, answers: int) -> None:
+        if sum(self._queue.values()) + answers > self.settings.most_waiting:
+            raise self._too_many(answers)
+        turn = trio.Event()
+        self._queue[turn] = answers
+        try:
+            with (
+                trio.move_on_after(self.settings.queue_seconds),
+                self.meter.waiting.track_inprogress(),
+            ):
+                await turn.wait()
+        finally:
+            if not turn.is_set():
+                del self._queue[turn]
+                self._let_in()
+        if not turn.is_set():
+            raise self._too_many(answers)
+
+    def _let_in(self) -> None:
+        """Give room to those who wait, as far as it goes."""
+        for turn, answers in list(self._queue.items()):
+            if self._running + answers > self.settings.most_running:
+                return
+            del self._queue[turn]
+            self._running += answers
+            turn.set()
+
+    def _too_many(self, answers: int) -> ApiError:
+        waiting, most = sum(self._queue.values()), self.settings.most_running
+        return ApiError(
+            429,
+            f"{self._running} of {most} answers are being generated and {waiting} wait for room: "
+            "come again later",
+            code="rate_limit_exceeded",
+            retry_seconds=min(self._mean_seconds * (waiting + answers) / most, MOST_RETRY_SECONDS),
+        )
 
     @contextmanager
     def time_for(self) -> Iterator[None]:

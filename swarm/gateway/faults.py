@@ -9,7 +9,8 @@ from typing import Any
 
 from swarm.errors import BadInput, NoRoute, Refusal, SwarmError
 
-RETRY_SECONDS = 1.0  # a place is free as soon as any answer ends
+RETRY_SECONDS = 1.0  # that an answer takes, until one is known
+MOST_RETRY_SECONDS = 60.0  # clients heed no longer one
 RETRY_ROUTE_SECONDS = 5.0  # a newcomer is known about this soon
 
 _OPENAI_TYPES = {

@@ -1,11 +1,11 @@
-"""Answers that must be JSON of some schema: which ids may come next, by llguidance.
+"""Answers that must be JSON of some schema, or of another form: which ids may come next, by
+llguidance.
 
 1. Whatever is chosen under a guide can be gone on with to JSON of the schema; an end-of-sequence id
    is allowed only behind it. An answer that is cut at its length is a beginning of such JSON.
 2. A schema that is not understood in full is refused by name, never followed in part.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,18 +33,19 @@ class Grammars:
         self._tokenizer: Any = None
         self._making = trio.Lock()
 
-    async def compiled(self, schema: dict[str, Any], param: str) -> Callable[[], Guide]:
-        """Return what makes a guide for each answer. ApiError names what is wrong with the schema,
-        which `param` holds.
+    async def compiled(self, kind: str, form: str, param: str) -> Callable[[], Guide]:
+        """Return what makes a guide for each answer: of a JSON schema, a regex, a choice of texts
+        (as JSON) or a grammar. ApiError names what is wrong with it; `param` holds it.
         """
         if not self._model.card.end_of_sequence_ids:
-            raise bad("this model has no end-of-sequence token to end JSON with", param)
+            raise bad("this model has no end-of-sequence token to end such an answer with", param)
         async with self._making:  # one at a time: a schema may take all of a processor
             if self._tokenizer is None:
                 self._tokenizer = await in_thread(self._read_tokenizer)
-            matcher, fault = await in_thread(lambda: self._compile(schema))
+            matcher, fault = await in_thread(lambda: self._compile(kind, form))
         if fault:
-            raise bad(f"the schema cannot be followed: {fault.strip()[:400]}", param)
+            noun = "schema" if kind == "json" else kind
+            raise bad(f"the {noun} cannot be followed: {fault.strip()[:400]}", param)
         size = self._model.card.vocabulary_size
         return lambda: JsonGuide(matcher.deep_copy(), size)
 
@@ -59,16 +60,20 @@ class Grammars:
                 eos_token=list(card.end_of_sequence_ids),
             )
         except ValueError as error:
-            raise BadInput(f"JSON cannot be had of this model's tokenizer: {error}") from error
+            raise BadInput(f"no form can be had of this model's tokenizer: {error}") from error
 
-    def _compile(self, schema: dict[str, Any]) -> tuple[Any, str]:
-        """The matcher at its start, and what is wrong with the schema, if anything is."""
-        from llguidance import LLMatcher
+    def _compile(self, kind: Any, form: str) -> tuple[Any, str]:
+        """The matcher at its start, and what is wrong with the form, if anything is."""
+        from llguidance import LLMatcher, grammar_from
 
-        text = json.dumps(schema)
-        grammar = LLMatcher.grammar_from_json_schema(
-            text, overrides={"whitespace_pattern": WHITE_SPACE}
-        )
+        try:
+            if kind == "json":
+                white: Any = {"whitespace_pattern": WHITE_SPACE}
+                grammar = LLMatcher.grammar_from_json_schema(form, overrides=white)
+            else:
+                grammar = grammar_from(kind, form)
+        except ValueError as error:
+            return None, str(error)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         return matcher, matcher.get_error() if matcher.is_error() else ""
 

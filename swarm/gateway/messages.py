@@ -1,6 +1,7 @@
 """POST /v1/messages: Anthropic's form of a chat, in and out.
 
 1. A request becomes the `ChatRequest` that asks for the same; what has no counterpart is refused.
+2. What a provider did earlier in the chat (thoughts, its own tools) is left out of the prompt.
 """
 
 import json
@@ -23,9 +24,12 @@ from swarm.gateway.requests import (
     ChatRequest,
     Count,
     Function,
+    JsonSchema,
     ModelName,
     NamedFunction,
     NamedTool,
+    ResponseFormat,
+    Sampling,
     Share,
     Stop,
     Tool,
@@ -33,7 +37,9 @@ from swarm.gateway.requests import (
 )
 from swarm.gateway.speech import Ended, Opened, Piece
 from swarm.gateway.streaming import named_frame
-from swarm.gateway.tools import Call, reader_for
+from swarm.gateway.thinking import Reader, Said, Thought, thinks
+
+_PROVIDERS_BLOCKS = ("thinking", "redacted_thinking", "server_tool_use", "mcp_tool_use")
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -43,9 +49,9 @@ class Block(msgspec.Struct, frozen=True):
     text: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: Any = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | list[Block] | Block | None" = None
     is_error: bool | None = None
 
 
@@ -57,9 +63,9 @@ class AnthropicMessage(msgspec.Struct, frozen=True):
 
 
 class AnthropicTool(msgspec.Struct, frozen=True):
-    """A tool the model may use; those that run at the provider have another `type`."""
+    """A tool the model may use; those of another `type` are the provider's, and left out."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] | None = None
     input_schema: dict[str, Any] | None = None
     description: str | None = None
     type: str | None = None
@@ -70,9 +76,23 @@ class ToolChoice(msgspec.Struct, frozen=True):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
-class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
+class OutputFormat(msgspec.Struct, frozen=True):
+    """A schema that the answer must follow."""
+
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    """How the answer is wanted."""
+
+    format: OutputFormat | None = None
+
+
+class CountRequest(Sampling, frozen=True, kw_only=True):
     """POST /v1/messages/count_tokens."""
 
     model: ModelName
@@ -80,6 +100,8 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
     system: str | list[Block] | None = None
     tools: Annotated[list[AnthropicTool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: the template's own variables
 
 
 class MessagesRequest(CountRequest, frozen=True, kw_only=True):
@@ -90,8 +112,8 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     stream: bool | None = None
     temperature: Share | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] | None = None
-    thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # its name before there was an output_config
 
 
 class Messages:
@@ -105,10 +127,12 @@ class Messages:
         self._desk.check_key(exchange.request)
         request = await exchange.read(MessagesRequest)
         self._desk.check_model(request.model)
+        is_thinker = thinks(self._desk.swarm.model.tokens.chat_template)
         kind = (request.thinking or {}).get("type", "disabled")
-        checked(kind == "disabled", "thinking is not supported here", "thinking")
-        ask, tools = await chat_ask(self._desk, _asked(request))
-        writer = MessageWriter(ask, request.model, tools)
+        is_taken = is_thinker or kind in ("disabled", "adaptive")
+        checked(is_taken, "this model does not think before it answers", "thinking")
+        ask = await chat_ask(self._desk, _asked(request))
+        writer = MessageWriter(ask, request.model)
         await answer(
             self._desk,
             exchange,
@@ -124,18 +148,20 @@ class Messages:
         self._desk.check_key(exchange.request)
         request = await exchange.read(CountRequest)
         self._desk.check_model(request.model)
-        ask, _ = await chat_ask(self._desk, _chat_of(request))
+        ask = await chat_ask(self._desk, _chat_of(request))
         await exchange.reply({"input_tokens": ask.prompt_tokens})
 
 
 def _asked(request: MessagesRequest) -> ChatRequest:
+    newer = request.output_config.format if request.output_config else None
+    form = newer or request.output_format
     return msgspec.structs.replace(
         _chat_of(request),
         max_tokens=request.max_tokens,
         stop=request.stop_sequences,
         temperature=request.temperature,
         top_p=request.top_p,
-        top_k=request.top_k,
+        response_format=form and ResponseFormat("json_schema", JsonSchema(schema=form.schema)),
     )
 
 
@@ -145,10 +171,24 @@ def _chat_of(request: CountRequest) -> ChatRequest:
         messages.append(ChatMessage("system", _text(request.system, "system")))
     for place, message in enumerate(request.messages):
         messages += _messages(message, f"messages.{place}.content")
-    tools = [_tool(tool) for tool in request.tools or ()]
+    checked(bool(messages), "no message has content", "messages")
+    last, choice = messages[-1], request.tool_choice
     return ChatRequest(
-        model=request.model, messages=messages, tools=tools or None, tool_choice=_choice(request)
+        model=request.model,
+        messages=messages,
+        tools=[_tool(tool) for tool in request.tools or ()],
+        tool_choice=_choice(request),
+        parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
+        continue_final_message=last.role == "assistant" and not last.tool_calls,
+        chat_template_kwargs={**_thinking(request), **(request.chat_template_kwargs or {})},
+        **request.sampling(),
     )
+
+
+def _thinking(request: CountRequest) -> dict[str, Any]:
+    """What templates call it."""
+    kind = (request.thinking or {}).get("type")
+    return {} if kind in (None, "adaptive") else {"enable_thinking": kind != "disabled"}
 
 
 def _messages(message: AnthropicMessage, where: str) -> Iterator[ChatMessage]:
@@ -160,12 +200,13 @@ def _messages(message: AnthropicMessage, where: str) -> Iterator[ChatMessage]:
     calls, texts = [], []
     for block in message.content:
         if block.type == "tool_result":
-            text = _text(block.content or "", where)
+            content = [block.content] if isinstance(block.content, Block) else block.content
+            text = _text(content or "", where)
             yield ChatMessage("tool", text, tool_call_id=block.tool_use_id)
         elif block.type == "tool_use" and block.name is not None:
             function = CalledFunction(block.name, json.dumps(block.input or {}))
             calls.append(ToolCall(function, block.id or ""))
-        else:
+        elif block.type not in _PROVIDERS_BLOCKS and not block.type.endswith("_tool_result"):
             texts.append(block)
     if texts or calls:
         text = _text(texts, where) if texts else ""
@@ -184,8 +225,10 @@ def _text(content: str | Iterable[Block], where: str) -> str:
 
 
 def _tool(tool: AnthropicTool) -> Tool:
-    is_own = tool.type in (None, "custom")
-    checked(is_own, f"the tool {tool.type or ''!r:.40} is the provider's own", "tools")
+    if tool.type not in (None, "custom"):
+        return Tool(type=tool.type)
+    if tool.name is None:
+        raise bad("a tool without a name", "tools")
     return Tool(Function(tool.name, tool.description, tool.input_schema))
 
 
@@ -205,13 +248,13 @@ def _choice(request: CountRequest) -> Literal["none", "auto", "required"] | Name
 class MessageWriter:
     """The shapes of an answer: a message of blocks, and the events it comes in."""
 
-    def __init__(self, ask: Ask, model: str, tools: Iterable[str]) -> None:
+    def __init__(self, ask: Ask, model: str) -> None:
         self._ask = ask
         self._model = model
         self._id = f"msg_{uuid4().hex[:24]}"
-        self._reader = reader_for(tuple(tools))
+        self._reader = Reader(ask)
         self._blocks: list[dict[str, Any]] = []
-        self._is_open = False  # a block of text is being said
+        self._open = ""  # the kind of the block that is being said
         self._collected = Collected(1)
 
     def opened(self, opened: Opened) -> Iterator[dict[str, Any]]:
@@ -222,8 +265,8 @@ class MessageWriter:
         }
 
     def piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """Text and uses of tools."""
-        for part in self._reader.feed(piece.text):
+        """Thoughts, text and uses of tools."""
+        for part in self._reader.feed(piece.text, piece.tokens):
             yield from self._part(part)
 
     def ended(self, ended: Ended) -> Iterator[dict[str, Any]]:
@@ -250,20 +293,27 @@ class MessageWriter:
         message["stop_sequence"] = self._collected.ends[0].stop
         return {**message, "x_swarm": self._collected.x_swarm()}
 
-    def _part(self, part: str | Call) -> Iterator[dict[str, Any]]:
+    def _part(self, part: Said) -> Iterator[dict[str, Any]]:
         if isinstance(part, str):
-            if not self._is_open:
-                self._is_open = True
-                yield self._begun({"type": "text", "text": ""})
-            self._blocks[-1]["text"] += part
-            yield self._delta({"type": "text_delta", "text": part})
+            yield from self._say("text", part)
+            return
+        if isinstance(part, Thought):
+            yield from self._say("thinking", part.text, signature="")
             return
         yield from self._close()
         block = {"type": "tool_use", "id": f"toolu_{part.id[5:]}", "name": part.name}
         yield self._begun({**block, "input": {}})
-        self._blocks[-1]["input"] = json.loads(part.arguments)
+        self._blocks[-1]["input"] = msgspec.Raw(part.arguments.encode())
         yield self._delta({"type": "input_json_delta", "partial_json": part.arguments})
         yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
+
+    def _say(self, kind: str, text: str, **more: str) -> Iterator[dict[str, Any]]:
+        if self._open != kind:
+            yield from self._close()
+            self._open = kind
+            yield self._begun({"type": kind, kind: "", **more})
+        self._blocks[-1][kind] += text
+        yield self._delta({"type": f"{kind}_delta", kind: text})
 
     def _begun(self, block: dict[str, Any]) -> dict[str, Any]:
         self._blocks.append(dict(block))
@@ -274,8 +324,8 @@ class MessageWriter:
         return {"type": "content_block_delta", "index": len(self._blocks) - 1, "delta": delta}
 
     def _close(self) -> Iterator[dict[str, Any]]:
-        if self._is_open:
-            self._is_open = False
+        if self._open:
+            self._open = ""
             yield {"type": "content_block_stop", "index": len(self._blocks) - 1}
 
     def _reason(self) -> str:

@@ -20,6 +20,7 @@ class Meter:
     def __init__(self) -> None:
         self._registry = own = CollectorRegistry()
         self.running = Gauge("num_requests_running", "Answers being generated.", registry=own)
+        self.waiting = Gauge("num_requests_waiting", "Requests that wait for room.", registry=own)
         self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From the request read to the first token.",

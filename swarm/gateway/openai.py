@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from swarm.gateway.answering import answer, prompts_of
+from swarm.gateway.answering import answer, guide_of, prompts_of
 from swarm.gateway.ask import ask_of
 from swarm.gateway.chat import chat_ask
 from swarm.gateway.chat_replies import ChatWriter
@@ -56,6 +56,7 @@ class OpenAi:
             desk.swarm.model.card,
             desk.settings,
             top=request.logprobs,
+            new_guide=await guide_of(desk, request),
         )
         decode = desk.swarm.model.tokens.decode
         echoes = [decode(choice.prompt) for choice in ask.choices] if request.echo else []
@@ -74,14 +75,9 @@ class OpenAi:
         desk.check_key(exchange.request)
         request = await exchange.read(ChatRequest)
         desk.check_model(request.model)
-        ask, tools = await chat_ask(desk, request)
-        writer = ChatWriter(
-            ask,
-            request.model,
-            desk.swarm.model.fingerprint,
-            has_usage=request.has_usage,
-            tools=tools,
-        )
+        ask = await chat_ask(desk, request)
+        fingerprint = desk.swarm.model.fingerprint
+        writer = ChatWriter(ask, request.model, fingerprint, has_usage=request.has_usage)
         await answer(desk, exchange, ask, writer, is_streamed=bool(request.stream))
 
     def _model(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from swarm.gateway.ask import Ask
-from swarm.gateway.speech import Ended, Opened, Piece, Told
+from swarm.gateway.speech import Ended, Opened, Piece, Share, Told
 
 REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
@@ -188,11 +188,18 @@ class CompletionWriter(OpenAiWriter):
             offsets.append(offset)
             offset += len(each.chosen.text)
         return {
-            "tokens": [each.chosen.text for each in told],
+            "tokens": [_named(each.chosen) for each in told],
             "token_logprobs": [each.chosen.log for each in told],
             "top_logprobs": [
-                {share.text: share.log for share in (*each.likeliest[::-1], each.chosen)}
+                {_named(share): share.log for share in (*each.likeliest[::-1], each.chosen)}
                 for each in told
             ],
             "text_offset": offsets,
         }
+
+
+def _named(share: Share) -> str:
+    """A token as text or, if it is a part of a character, as OpenAI writes its bytes."""
+    if share.text.encode() == share.bytes:
+        return share.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in share.bytes)

@@ -1,7 +1,7 @@
 """What programs send, as structs, and the first look at it.
 
 Unknown fields are passed over, as OpenAI's own server does with some and vLLM with all; fields that
-would change the answer and are not supported are refused by name (`unsupported`).
+would change the answer and are not supported are refused by name (`NEUTRAL`, `unsupported`).
 
 1. `read` raises nothing but ApiError 400, and names the field.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from swarm.gateway.faults import bad
+from swarm.gateway.faults import bad, unsupported
 
 Asked = TypeVar("Asked")
 
@@ -23,10 +23,33 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Stops = Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)]
+Choices = Annotated[list[str], msgspec.Meta(min_length=1, max_length=4096)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 ModelName = Annotated[str, msgspec.Meta(max_length=512)]
 
 _PLACE = re.compile(r" - at `(?:key in )?\$?\.?(?P<path>[^`]*)`$")
+
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # other programs' fields that change an answer, with the values that do not; one that the
+    # request's own kind has is not looked at
+    **dict.fromkeys(
+        ("use_beam_search", "echo", "include_stop_str_in_output", "logprobs"), (False,)
+    ),
+    **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(("n", "best_of", "num_beams", "length_penalty", "typical_p", "tfs"), (1,)),
+    **dict.fromkeys(("top_a", "mirostat", "dry_multiplier", "xtc_probability"), (0,)),
+    **dict.fromkeys(("top_logprobs", "no_repeat_ngram_size", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("stop", "stop_sequences", "bad_words", "tools", "documents"), ([],)),
+    **dict.fromkeys(("suffix", "grammar"), ("",)),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), ()),
+    **dict.fromkeys(("max_new_tokens", "n_predict", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("allowed_token_ids", "logits_processors", "prompt_logprobs"), ()),
+    **dict.fromkeys(("guided_whitespace_pattern", "thinking_token_budget"), ()),
+    **dict.fromkeys(("chat_template", "mm_processor_kwargs", "json_schema", "prompt_embeds"), ()),
+    "response_format": ({"type": "text"},),
+}
+_Refused: Any = msgspec.defstruct("_Refused", [(name, Any, None) for name in NEUTRAL], frozen=True)
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -35,24 +58,56 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What chats and completions have in common. None: as the model's own configuration says."""
+class StructuredOutputs(msgspec.Struct, frozen=True):
+    """The form of the answer: vLLM's newer name for it. At most one may be given."""
 
-    model: ModelName
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: Any = None
+    disable_any_whitespace: Any = None
+    disable_additional_properties: Any = None
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How every kind of answer may be chosen. None: as the model's own configuration says."""
+
     seed: Seed | None = None
-    stop: Stops | None = None
-    temperature: Temperature | None = None
-    top_p: Share | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, Bias] | None = None
     # not OpenAI's, but vLLM's
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=1 << 20)] | None = None
+    min_p: Share | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 31)] | None = None
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=256)] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """These fields alone, to be handed on to another kind of request."""
+        return {name: getattr(self, name) for name in Sampling.__struct_fields__}
+
+
+class Request(Sampling, frozen=True, kw_only=True):
+    """What chats and completions have in common."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    stop: Stops | None = None
+    temperature: Temperature | None = None
+    top_p: Share | None = None
+    response_format: "ResponseFormat | None" = None
 
     @property
     def has_usage(self) -> bool:
@@ -114,10 +169,10 @@ class Function(msgspec.Struct, frozen=True):
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A tool the model may use."""
+    """A tool the model may use. Those of another type run at a provider, and are left out."""
 
-    function: Function
-    type: Literal["function"] = "function"
+    function: Function | None = None
+    type: str = "function"
 
 
 class NamedFunction(msgspec.Struct, frozen=True):
@@ -129,8 +184,8 @@ class NamedFunction(msgspec.Struct, frozen=True):
 class NamedTool(msgspec.Struct, frozen=True):
     """The tool that must be used."""
 
-    function: NamedFunction
-    type: Literal["function"] = "function"
+    function: NamedFunction | None = None
+    type: str = "function"
 
 
 class JsonSchema(msgspec.Struct, frozen=True):
@@ -160,8 +215,11 @@ class ChatRequest(Request, frozen=True, kw_only=True):
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: the template's own variables
+    reasoning_effort: str | None = None
+    # vLLM's: the template's own variables, and where the answer begins
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     audio: Any = None
@@ -173,7 +231,10 @@ class ChatRequest(Request, frozen=True, kw_only=True):
 def read(body: bytes, kind: type[Asked]) -> Asked:
     """Return the request that the body holds. ApiError 400 names what is wrong with it."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        asked = msgspec.json.decode(body, type=kind)
+        if issubclass(kind, Sampling) and "stream" in kind.__struct_fields__:  # one that generates
+            _check_passed_over(msgspec.json.decode(body, type=_Refused), kind)
+        return asked
     except msgspec.ValidationError as error:
         sentence = str(error)
         place = _PLACE.search(sentence)
@@ -183,6 +244,12 @@ def read(body: bytes, kind: type[Asked]) -> Asked:
         raise bad(f"the body is not JSON: {error}") from error
     except RecursionError as error:
         raise bad("the body is nested too deeply") from error
+
+
+def _check_passed_over(given: Any, kind: type[Sampling]) -> None:
+    for name, neutral in NEUTRAL.items():
+        value = getattr(given, name) if name not in kind.__struct_fields__ else None
+        unsupported({name: value is not None and value not in neutral})
 
 
 def _missing(sentence: str) -> str | None:

@@ -1,6 +1,7 @@
 """POST /v1/responses: OpenAI's newer form of a chat, in and out. Nothing is stored here.
 
 1. A request becomes the `ChatRequest` that asks for the same; what has no counterpart is refused.
+2. What a provider did earlier in the chat (thoughts, its own tools) is left out of the prompt.
 """
 
 import time
@@ -29,6 +30,7 @@ from swarm.gateway.requests import (
     NamedTool,
     Part,
     ResponseFormat,
+    Sampling,
     Share,
     Temperature,
     Tool,
@@ -36,8 +38,17 @@ from swarm.gateway.requests import (
 )
 from swarm.gateway.speech import Ended, Opened, Piece
 from swarm.gateway.streaming import named_frame
-from swarm.gateway.tools import Call, reader_for
+from swarm.gateway.thinking import Reader, Said, Thought
 
+_PROVIDERS_ITEMS = (
+    "reasoning",
+    "web_search_call",
+    "file_search_call",
+    "code_interpreter_call",
+    "image_generation_call",
+    "mcp_list_tools",
+    "mcp_call",
+)
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
@@ -54,7 +65,7 @@ class Item(msgspec.Struct, frozen=True):
 
 
 class FunctionTool(msgspec.Struct, frozen=True):
-    """A function the model may call."""
+    """A function the model may call; tools of another type are the provider's, and left out."""
 
     type: str
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] = "_"
@@ -66,8 +77,8 @@ class FunctionTool(msgspec.Struct, frozen=True):
 class NamedChoice(msgspec.Struct, frozen=True):
     """The function that must be called."""
 
-    type: Literal["function"]
-    name: str
+    type: str
+    name: str = ""
 
 
 class Format(msgspec.Struct, frozen=True):
@@ -85,7 +96,13 @@ class TextForm(msgspec.Struct, frozen=True):
     format: Format | None = None
 
 
-class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
+class Reasoning(msgspec.Struct, frozen=True):
+    """How much to think."""
+
+    effort: str | None = None
+
+
+class ResponsesRequest(Sampling, frozen=True, kw_only=True):
     """POST /v1/responses."""
 
     model: ModelName
@@ -99,6 +116,9 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextForm | None = None
+    reasoning: Reasoning | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's: the template's own variables
+    include: list[str] | None = None
     metadata: dict[str, Any] | None = None
     previous_response_id: str | None = None
     conversation: Any = None
@@ -123,14 +143,15 @@ class Responses:
                 "conversation": request.conversation,
                 "background": request.background,
                 "prompt": request.prompt,
+                "include": "message.output_text.logprobs" in (request.include or ()),
             }
         )
-        ask, tools = await chat_ask(self._desk, _chat_of(request))
+        ask = await chat_ask(self._desk, _chat_of(request))
         await answer(
             self._desk,
             exchange,
             ask,
-            ResponseWriter(ask, request, tools),
+            ResponseWriter(ask, request),
             is_streamed=bool(request.stream),
             frame=named_frame,
             last=b"",
@@ -142,16 +163,25 @@ def _chat_of(request: ResponsesRequest) -> ChatRequest:
     if isinstance(request.input, str):
         messages.append(ChatMessage("user", request.input))
     else:
-        messages += [_message(item, f"input.{at}") for at, item in enumerate(request.input)]
+        messages += [
+            _message(item, f"input.{at}")
+            for at, item in enumerate(request.input)
+            if item.type not in _PROVIDERS_ITEMS
+        ]
+    checked(bool(messages), "no item has content", "input")
     return ChatRequest(
         model=request.model,
         messages=messages,
         max_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
-        tools=[_tool(tool) for tool in request.tools or ()] or None,
+        tools=[_tool(tool) for tool in request.tools or ()],
         tool_choice=_choice(request.tool_choice),
+        parallel_tool_calls=request.parallel_tool_calls,
         response_format=_format(request.text),
+        reasoning_effort=request.reasoning.effort if request.reasoning else None,
+        chat_template_kwargs=request.chat_template_kwargs,
+        **request.sampling(),
     )
 
 
@@ -176,14 +206,17 @@ def _content(content: str | list[Part] | None, where: str) -> str | list[Part]:
 
 
 def _tool(tool: FunctionTool) -> Tool:
-    checked(tool.type == "function", f"the tool {tool.type[:32]!r} is the provider's own", "tools")
-    return Tool(Function(tool.name, tool.description, tool.parameters, tool.strict))
+    own = Function(tool.name, tool.description, tool.parameters, tool.strict)
+    return Tool(own if tool.type == "function" else None, tool.type)
 
 
 def _choice(
     choice: Literal["none", "auto", "required"] | NamedChoice | None,
 ) -> Literal["none", "auto", "required"] | NamedTool | None:
-    return NamedTool(NamedFunction(choice.name)) if isinstance(choice, NamedChoice) else choice
+    if not isinstance(choice, NamedChoice):
+        return choice
+    own = NamedFunction(choice.name) if choice.type == "function" else None
+    return NamedTool(own, choice.type)
 
 
 def _format(text: TextForm | None) -> ResponseFormat | None:
@@ -197,14 +230,14 @@ def _format(text: TextForm | None) -> ResponseFormat | None:
 class ResponseWriter:
     """The shapes of a response, and the events it comes in."""
 
-    def __init__(self, ask: Ask, request: ResponsesRequest, tools: tuple[str, ...]) -> None:
+    def __init__(self, ask: Ask, request: ResponsesRequest) -> None:
         self._ask = ask
         self._request = request
-        self._reader = reader_for(tools)
+        self._reader = Reader(ask)
         self._id = f"resp_{uuid4().hex}"
         self._created = int(time.time())
         self._items: list[dict[str, Any]] = []
-        self._is_open = False
+        self._open = ""  # the kind of the item that is being said
         self._collected = Collected(1)
         self._events = 0
 
@@ -215,8 +248,8 @@ class ResponseWriter:
         yield self._event("response.in_progress", response=begun)
 
     def piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """Text and calls."""
-        for part in self._reader.feed(piece.text):
+        """Thoughts, text and calls."""
+        for part in self._reader.feed(piece.text, piece.tokens):
             yield from self._part(part)
 
     def ended(self, ended: Ended) -> Iterator[dict[str, Any]]:
@@ -241,20 +274,17 @@ class ResponseWriter:
             "input_tokens": self._ask.prompt_tokens,
             "input_tokens_details": {"cached_tokens": self._collected.reused},
             "output_tokens": self._collected.tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reader.thought_tokens},
             "total_tokens": self._ask.prompt_tokens + self._collected.tokens,
         }
         return {**response, "x_swarm": self._collected.x_swarm()}
 
-    def _part(self, part: str | Call) -> Iterator[dict[str, Any]]:
+    def _part(self, part: Said) -> Iterator[dict[str, Any]]:
         if isinstance(part, str):
-            if not self._is_open:
-                yield from self._open()
-            content = self._items[-1]["content"][0]
-            content["text"] += part
-            yield self._event(
-                "response.output_text.delta", **self._place(), delta=part, logprobs=[]
-            )
+            yield from self._say("output_text", part)
+            return
+        if isinstance(part, Thought):
+            yield from self._say("reasoning_text", part.text)
             return
         yield from self._close()
         item = {
@@ -279,31 +309,38 @@ class ResponseWriter:
         item.update(arguments=part.arguments, status="completed")
         yield self._event("response.output_item.done", **at, item=dict(item))
 
-    def _open(self) -> Iterator[dict[str, Any]]:
-        self._is_open = True
-        item: dict[str, Any] = {
-            "type": "message",
-            "id": f"msg_{uuid4().hex}",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
+    def _say(self, kind: str, text: str) -> Iterator[dict[str, Any]]:
+        if self._open != kind:
+            yield from self._close()
+            yield from self._begin(kind)
+        self._items[-1]["content"][0]["text"] += text
+        logs: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+        yield self._event(f"response.{kind}.delta", **self._place(), delta=text, **logs)
+
+    def _begin(self, kind: str) -> Iterator[dict[str, Any]]:
+        self._open = kind
+        item: dict[str, Any] = {"status": "in_progress", "content": []}
+        part: dict[str, Any] = {"type": kind, "text": ""}
+        if kind == "output_text":
+            item |= {"type": "message", "id": f"msg_{uuid4().hex}", "role": "assistant"}
+            part["annotations"] = []
+        else:
+            item |= {"type": "reasoning", "id": f"rs_{uuid4().hex}", "summary": []}
         self._items.append(item)
         at = {"output_index": len(self._items) - 1}
         yield self._event("response.output_item.added", **at, item={**item, "content": []})
-        part = {"type": "output_text", "text": "", "annotations": []}
         item["content"].append(part)
         yield self._event("response.content_part.added", **self._place(), part=dict(part))
 
     def _close(self) -> Iterator[dict[str, Any]]:
-        if not self._is_open:
+        if not self._open:
             return
-        self._is_open = False
+        kind, self._open = self._open, ""
         item = self._items[-1]
         item["status"] = "completed"
         part = item["content"][0]
-        text = {"text": part["text"], "logprobs": []}
-        yield self._event("response.output_text.done", **self._place(), **text)
+        logs: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+        yield self._event(f"response.{kind}.done", **self._place(), text=part["text"], **logs)
         yield self._event("response.content_part.done", **self._place(), part=part)
         at = {"output_index": len(self._items) - 1}
         yield self._event("response.output_item.done", **at, item=item)
@@ -341,7 +378,7 @@ class ResponseWriter:
             "temperature": request.temperature,
             "text": text,
             "tool_choice": asked.get("tool_choice") or "auto",
-            "tools": asked.get("tools") or [],
+            "tools": [tool for tool in asked.get("tools") or () if tool["type"] == "function"],
             "top_p": request.top_p,
             "metadata": request.metadata or {},
             "usage": None,

@@ -9,6 +9,7 @@ from swarm.errors import BadInput
 LOOPBACK = "127.0.0.1"
 OWN_NAMES = (LOOPBACK, "::1", "localhost")  # by which a machine calls itself
 _ADDRESS = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^:\[\]]*):)?(?P<port>[0-9]{1,5})")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[\x21-\x2e\x30-\x7e]+")  # an app's own scheme, too
 _KEY = re.compile(r"[\x21-\x7e]{1,512}")  # what fits into a header, on one line
 
 
@@ -19,7 +20,10 @@ class GatewaySettings:
     host: str = LOOPBACK
     port: int = 0  # 0: any
     keys: tuple[str, ...] = ()
-    most_running: int = 64  # choices being generated at once; one more is told to come again
+    origins: tuple[str, ...] = ()  # whose pages may ask; "*": any
+    most_running: int = 64  # choices being generated at once; one more waits for room
+    most_waiting: int = 256  # choices; one more is told to come again
+    queue_seconds: float = 120.0  # clients wait longer than this, and then try again by themselves
     most_body_bytes: int = 8 << 20  # ten times the text of the longest contexts
     most_choices: int = 32  # of one request
     default_tokens: int = 4096  # of a chat that names none: servers keep room for all of them
@@ -43,6 +47,18 @@ def parse_address(text: str) -> tuple[str, int]:
         )
     host = (match["host"] or "").strip("[]")
     return host or LOOPBACK, int(match["port"])
+
+
+def read_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the origins of --allow-origin as browsers write them. BadInput names what is none."""
+    found = tuple(origin.strip().rstrip("/").lower() for origin in origins)
+    for origin in found:
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+            raise BadInput(
+                f"--allow-origin {origin} is not an origin",
+                next_step="give one like https://chat.example.org, or * for any",
+            )
+    return found
 
 
 def read_keys(keys: tuple[str, ...], file: Path | None) -> tuple[str, ...]:

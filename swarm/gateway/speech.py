@@ -28,6 +28,7 @@ class Share:
     token: int
     text: str
     log: float
+    bytes: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,14 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that has become certain, and the tokens told with it (none unless asked for)."""
+    """Text that has become certain, the tokens told with it (none unless asked for), and how many
+    have come since the last piece.
+    """
 
     index: int
     text: str
     told: tuple[Told, ...] = ()
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,8 @@ class Speech:
         self._scanner = StopScanner((*ask.stops, *ask.own_stops))
         self._own_stops = ask.own_stops
         self._top = ask.top
-        self._unsaid = choice.settings.end_ids if ask.keeps_special else frozenset()
+        self._unsaid = choice.settings.end_ids if ask.keeps_special else ask.stop_ids
+        self._since = 0  # tokens that made no piece yet
         self._is_stripping = ask.strips_start
         self._candidates: Candidates | None = None
 
@@ -103,14 +108,18 @@ class Speech:
         """Return what this id makes certain; its text may be empty."""
         new = [] if token in self._unsaid else [token]
         text = self._begun(self._scanner.feed(self._stream.feed(new)))
-        return Piece(self._index, text, self._told(token))
+        told = self._told(token)
+        self._since += 1
+        piece = Piece(self._index, text, told, self._since)
+        self._since = 0 if text or told else self._since
+        return piece
 
     def finish(self) -> Piece:
         """Return what was held back, once no id will come."""
         if self.is_stopped:
             return Piece(self._index, "")
         rest = self._scanner.feed(self._stream.finish()) + self._scanner.finish()
-        return Piece(self._index, self._begun(rest))
+        return Piece(self._index, self._begun(rest), tokens=self._since)
 
     def _begun(self, text: str) -> str:
         """The text without the white space that the answer begins with, if that is none of it."""
@@ -127,4 +136,5 @@ class Speech:
         return (Told(chosen, tuple(self._share(*each) for each in likeliest)),)
 
     def _share(self, token: int, log: float) -> Share:
-        return Share(token, self._tokens.decode([token], skip_special=False), max(log, LEAST_LOG))
+        text, raw = self._tokens.decode([token], skip_special=False), self._tokens.bytes_of(token)
+        return Share(token, text, max(log, LEAST_LOG), raw)

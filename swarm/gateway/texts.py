@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from swarm.gateway.answering import prompts_of
 from swarm.gateway.ask import check_fits
-from swarm.gateway.chat import chat_ids, plain_messages
+from swarm.gateway.chat import Chat, chat_ids, functions_of, plain_messages
 from swarm.gateway.desk import Desk
 from swarm.gateway.exchange import Exchange
 from swarm.gateway.faults import checked
@@ -41,6 +41,9 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], msgspec.Meta(max_length=4096)] | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
     add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,8 +74,9 @@ class Texts:
         prompts = await prompts_of(desk, request.input, "input", MOST_INPUTS)
         for prompt in prompts:
             check_fits(prompt, card)
-        with desk.room_for(1), desk.time_for():
-            made = [await self._embedded(prompt) for prompt in prompts]
+        async with desk.room_for(1):
+            with desk.time_for():
+                made = [await self._embedded(prompt) for prompt in prompts]
         count = sum(map(len, prompts))
         is_packed = request.encoding_format == "base64"
         data = [
@@ -99,8 +103,14 @@ class Texts:
             with_ends = request.add_special_tokens is not False
             ids = await desk.encode(request.prompt, with_ends=with_ends)
         else:
-            messages = plain_messages(request.messages or ())
-            ids, _ = await chat_ids(desk, messages, request.tools or (), None)
+            chat = Chat(
+                messages=plain_messages(request.messages or ()),
+                tools=functions_of(request.tools),
+                variables=request.chat_template_kwargs,
+                is_asking=request.add_generation_prompt is not False,
+                is_continued=bool(request.continue_final_message),
+            )
+            _, ids = await chat_ids(desk, chat)
         context = desk.swarm.model.card.context_length
         await exchange.reply({"count": len(ids), "max_model_len": context, "tokens": ids})
 

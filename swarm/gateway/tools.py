@@ -6,12 +6,19 @@ them parted by semicolons, after `<|python_tag|>` or nothing.
 
 1. What is no call of a known tool is text, to the letter.
 2. A call is told whole, once it is whole.
+3. The arguments told are an object in JSON that any parser takes and UTF-8 can hold: a lone
+   surrogate is U+FFFD, and a number that JSON has not is null.
 """
 
 import json
+import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
+
+from swarm.text import UNKNOWN_CHARACTER
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _TAG = "<|python_tag|>"
@@ -27,10 +34,11 @@ class Call:
 
 
 class ToolReader:
-    """Parts what a model says into text and calls."""
+    """Parts what a model says into text and calls; those beyond `most` are left out."""
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], most: float = math.inf) -> None:
         self._names = frozenset(names)
+        self._left = most
         self._held = ""
         self._is_bare: bool | None = None  # Llama's form; None: too early to tell
         self._is_in_call = False
@@ -47,10 +55,9 @@ class ToolReader:
         """Give the rest: the answer is whole."""
         rest, self._held = self._held, ""
         if self._is_in_call:  # it ended without the closing mark
-            calls = self._calls(rest)
-            yield from calls or [_BEGIN + rest]
+            yield from self._told(rest, _BEGIN + rest)
         elif rest and self._is_bare:
-            yield from self._calls(rest.strip().removeprefix(_TAG)) or [rest]
+            yield from self._told(rest.strip().removeprefix(_TAG), rest)
         elif rest:
             yield rest
 
@@ -69,33 +76,42 @@ class ToolReader:
                 break
             self._held = after
             if self._is_in_call:
-                yield from self._calls(before) or [_BEGIN + before + _END]
+                yield from self._told(before, _BEGIN + before + _END)
             elif before.strip():
                 yield before.rstrip()
             self._is_in_call = not self._is_in_call
         if not self._is_in_call:
-            certain = len(self._held) - _overlap(self._held, _BEGIN)
+            certain = len(self._held) - overlap(self._held, _BEGIN)
             # White space may lead to a call, of which it is no part.
             certain = min(certain, len(self._held[:certain].rstrip()))
             text, self._held = self._held[:certain], self._held[certain:]
             if text:
                 yield text
 
-    def _calls(self, text: str) -> list[str | Call]:
+    def _told(self, text: str, otherwise: str) -> Iterator[str | Call]:
+        """The calls that a text holds; if it holds none, that other text."""
+        calls = self._calls(text)
+        if not calls:
+            yield otherwise
+        for call in calls:
+            if self._left > 0:
+                self._left -= 1
+                yield call
+
+    def _calls(self, text: str) -> list[Call]:
         """Read calls parted by semicolons; none if any of it is something else."""
-        calls: list[str | Call] = []
-        decoder = json.JSONDecoder()
+        calls: list[Call] = []
         rest = text.strip()
         while rest:
             try:
-                value, end = decoder.raw_decode(rest)
+                value, end = _DECODER.raw_decode(rest)
+                name = value.get("name") if isinstance(value, dict) else None
+                given = value.get("arguments", value.get("parameters", {})) if name else None
+                arguments = _object_text(given)
             except (ValueError, RecursionError):
                 return []
-            name = value.get("name") if isinstance(value, dict) else None
-            given = value.get("arguments", value.get("parameters", {})) if name else None
-            if name not in self._names or not isinstance(given, dict | str):
+            if not isinstance(name, str) or name not in self._names or arguments is None:
                 return []
-            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
             calls.append(Call(name, arguments, f"call_{uuid4().hex[:24]}"))
             rest = rest[end:].lstrip().removeprefix(";").lstrip()
         return calls
@@ -114,11 +130,35 @@ class PlainReader:
         yield from ()
 
 
-def reader_for(names: Collection[str]) -> ToolReader | PlainReader:
-    """What reads an answer in which these tools may be called."""
-    return ToolReader(names) if names else PlainReader()
+def read_arguments(text: str) -> dict[str, Any]:
+    """The arguments of an old call; none if they are no object, as when the model was cut off."""
+    try:
+        arguments: dict[str, Any] = json.loads(_object_text(text) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return arguments
 
 
-def _overlap(text: str, mark: str) -> int:
+def _object_text(given: object) -> str | None:
+    """An object, or the one that a text holds, as JSON; None for what is none. ValueError or
+    RecursionError for what is no JSON.
+    """
+    value = _DECODER.decode(given) if isinstance(given, str) else given
+    if not isinstance(value, dict):
+        return None
+    text = json.dumps(value, ensure_ascii=False)
+    return _SURROGATE.sub(UNKNOWN_CHARACTER, text)
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _name: None)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def overlap(text: str, mark: str) -> int:
     """The length of the longest end of `text` that begins `mark`."""
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)

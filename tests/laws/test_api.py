@@ -6,9 +6,11 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import anthropic
 import openai
+import pydantic
 import pytest
 from api_swarm import PROMPT, ApiSwarm, api_swarm, logs
 from openai import OpenAI
@@ -243,6 +245,47 @@ def test_the_anthropic_client_is_answered_in_its_own_form(served: ApiSwarm) -> N
         pytest.raises(anthropic.AuthenticationError),
     ):
         stranger.messages.create(**asked)  # type: ignore[call-overload]
+
+
+class Pet(pydantic.BaseModel):
+    """What the model is to describe."""
+
+    kind: Literal["dog", "cat"]
+    age: int
+
+
+def test_the_anthropic_client_parses_what_it_asked_for(served: ApiSwarm) -> None:
+    greedy = {"extra_body": {"temperature": 0}}
+    asked = {"model": "demo", "max_tokens": 200, "messages": MESSAGES, **greedy}
+    with anthropic.Anthropic(base_url=served.url, api_key=KEY, max_retries=0) as client:
+        made = client.messages.parse(**asked, output_format=Pet)  # type: ignore[arg-type]
+    assert made.parsed_output is not None
+    assert made.parsed_output.kind in ("dog", "cat")
+
+
+def test_an_answer_goes_on_from_the_assistants_words_as_a_completion_does(
+    served: ApiSwarm, client: OpenAI
+) -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "There was a girl"}]
+    flags = {"continue_final_message": True, "add_generation_prompt": False}
+    prompt = f"User: {MESSAGES[0]['content']}\n\nAssistant: There was a girl"
+    asked = {"model": "demo", "max_tokens": 12, "temperature": 0}
+    plain = client.completions.create(prompt=prompt, **asked).choices[0].text  # type: ignore[call-overload]
+    chat = client.chat.completions.create(messages=begun, extra_body=flags, **asked)  # type: ignore[call-overload]
+    assert chat.choices[0].message.content == plain
+    asked["extra_body"] = {"temperature": asked.pop("temperature")}
+    with anthropic.Anthropic(base_url=served.url, api_key=KEY, max_retries=0) as other:
+        message = other.messages.create(messages=begun, **asked)  # type: ignore[call-overload]
+    assert message.content[0].text == plain
+
+
+def test_a_crowd_is_answered_whole(served: ApiSwarm) -> None:
+    def ask(_number: int) -> str:
+        made = one.completions.create(model="demo", prompt=PROMPT, max_tokens=2, temperature=0)
+        return made.choices[0].text
+
+    with asking(served, timeout=300.0) as one, ThreadPoolExecutor(100) as pool:
+        assert len(set(pool.map(ask, range(100)))) == 1
 
 
 def test_health_needs_no_key(served: ApiSwarm) -> None:

@@ -45,6 +45,8 @@ def test_without_a_swarm_a_private_one_is_asked_and_ctrl_c_ends_it(tmp_path: Pat
         (["serve", "--api", "nonsense"], "--api nonsense"),
         (["serve", "--api", ":0", "--api-key-file", "/no/such/file"], "/no/such/file"),
         (["api", "--api-key", "a b"], "API key"),
+        (["api", "--allow-origin", "chat.example.org"], "--allow-origin chat.example.org"),
+        (["serve", "--api", ":0", "--allow-origin", "nonsense"], "--allow-origin nonsense"),
         (["api", "--join", "swarm1thisisnotatoken"], "token"),
     ],
 )

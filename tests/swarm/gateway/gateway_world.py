@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,25 @@ class ScriptedSwarm:
         return record(peer)
 
 
+class PiecesSwarm(ScriptedSwarm):
+    """The same with a byte-level tokenizer of these pieces, which are the script."""
+
+    def __init__(
+        self, pieces: Sequence[str], template: str = "Hm", special: Sequence[str] = ()
+    ) -> None:
+        super().__init__("")
+        letters = [each for each in "<aserint>H" if each not in pieces]
+        words = {each: place for place, each in enumerate(["<end>", *pieces, *letters])}
+        made = Tokenizer(models.BPE(words, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens(["<end>", *special])
+        files = {"tokenizer.json": made.to_str(), "chat_template.jinja": template}
+        tokens = Tokens({name: text.encode() for name, text in files.items()})
+        self.model = replace(self.model, tokens=tokens)
+        self.script = [*range(1, len(pieces) + 1), END]
+
+
 class ScriptedSession:
     """Answers at once, as the last hop would: see `blocks.ends.candidates`."""
 
@@ -204,6 +224,7 @@ async def ask(
     body: Any = None,
     *,
     headers: Mapping[str, str] | None = None,
+    method: str | None = None,
     hang_up: trio.Event | None = None,
     answer: Answer | None = None,
 ) -> Answer:
@@ -234,12 +255,11 @@ async def ask(
             made.is_whole = True
             gone.set()
 
-    method = "GET" if body is None else "POST"
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.1"},
         "http_version": "1.1",
-        "method": method,
+        "method": method or ("GET" if body is None else "POST"),
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),

@@ -10,12 +10,15 @@ TEMPLATE = (
     "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 )
+THINKING = TEMPLATE + "<think>"
 SCRIPTS = (
     "Hello there.",
     "",
     '{"name": "f", "parameters": {"a": [1]}}',
     'So: <tool_call>{"name": "f", "arguments": {}}</tool_call> and <tool_call>x',
     "one STOP two",
+    r'Hm</think> <tool_call>{"name": "f", "arguments": {"x": "\ud83d", "y": NaN}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": "x"}</tool_call><tool_call>{"name": "f"}</tool_call>',
 )
 TOOL = {"type": "function", "function": {"name": "f"}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
@@ -35,6 +38,12 @@ COMMON: dict[str, Any] = {
         st.integers(0, 99).map(str), st.floats(-100, 100), min_size=1, max_size=4
     ),
     "ignore_eos": st.booleans(),
+    "min_p": st.floats(0, 1),
+    "min_tokens": st.integers(0, 70),
+    "stop_token_ids": st.lists(st.integers(0, 99), max_size=3),
+    "guided_choice": st.lists(WORDS, max_size=2),
+    "structured_outputs": st.sampled_from([{"regex": "[a-z]{2}"}, {"json": SCHEMA}, {}]),
+    "length_penalty": st.sampled_from([0, 1, None]),
     "stream_options": st.just({"include_usage": True}),
 }
 PART = st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"]), "text": WORDS})
@@ -46,6 +55,9 @@ CHAT: dict[str, Any] = {
     "tools": st.just([TOOL]),
     "tool_choice": st.sampled_from(["none", "auto", "required", {"function": {"name": "f"}}]),
     "response_format": st.sampled_from([{"type": "text"}, {"type": "json_object"}, STRICT]),
+    "parallel_tool_calls": st.booleans(),
+    "add_generation_prompt": st.booleans(),
+    "continue_final_message": st.booleans(),
 }
 COMPLETION: dict[str, Any] = {
     **COMMON,
@@ -91,13 +103,19 @@ def check(path: str, body: dict[str, Any], script: str, template: str | None) ->
         else:
             said = "".join(each["delta"].get("content") or "" for each in own)
             assert said == (choice["message"]["content"] or said)
+            thought = "".join(each["delta"].get("reasoning_content", "") for each in own)
+            assert thought == choice["message"].get("reasoning_content", "")
             calls = [call for each in own for call in each["delta"].get("tool_calls", [])]
             names = [call["function"] for call in choice["message"].get("tool_calls", [])]
             assert [call["function"] for call in calls] == names
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(some(CHAT, messages=MESSAGES), st.sampled_from(SCRIPTS), st.sampled_from([None, TEMPLATE]))
+@given(
+    some(CHAT, messages=MESSAGES),
+    st.sampled_from(SCRIPTS),
+    st.sampled_from([None, TEMPLATE, THINKING]),
+)
 def test_any_chat_is_answered_or_refused(body: Any, script: str, template: str | None) -> None:
     check("/v1/chat/completions", body, script, template)
 

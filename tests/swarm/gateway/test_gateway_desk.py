@@ -366,7 +366,6 @@ def test_what_anthropics_form_cannot_ask_for_is_refused_in_its_own() -> None:
     for fields in (
         {"messages": image},
         {"thinking": {"type": "enabled", "budget_tokens": 1024}},
-        {"tools": [{"type": "web_search_20250305", "name": "web"}]},
         {"messages": [{"role": "user", "content": []}]},
         {"tool_choice": {"type": "tool", "name": "x"}},
     ):
@@ -443,7 +442,6 @@ def test_what_responses_cannot_do_is_refused() -> None:
         {"background": True},
         {"input": [{"type": "item_reference"}]},
         {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
-        {"tools": [{"type": "web_search"}]},
         {"input": []},
     ):
         made, _ = responses("x", **fields)

@@ -185,6 +185,7 @@ def test_anthropics_streams_name_their_errors() -> None:
         made.on_part = strike
         messages = [{"role": "user", "content": PROMPT}]
         asked = {"model": MODEL, "messages": messages, "max_tokens": 100, "stream": True}
+        asked["temperature"] = 0  # drawn, it might end before it is struck
         await ask(app, "/v1/messages", asked, answer=made)
         *_, last = made.body.decode().strip().split("\n\n")
         assert last.startswith("event: error\ndata: ")
@@ -222,7 +223,7 @@ def test_more_answers_than_there_is_room_for_are_told_to_come_again() -> None:
         assert "2 of 3" in made[0].json["error"]["message"]
         assert (await ask(app, COMPLETIONS, {**LONG, "n": 3})).status == 200
 
-    in_world("0:4", most_running=3)(body)
+    in_world("0:4", most_running=3, most_waiting=0)(body)
 
 
 def test_an_answer_that_takes_too_long_is_ended() -> None:
