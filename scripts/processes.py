@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +75,14 @@ def end(processes: "list[subprocess.Popen[str]]") -> None:
 
 @contextmanager
 def serving(
-    home: Path, model: Path, spans: list[str], begin: Callable[..., Any] = start
+    home: Path,
+    model: Path,
+    spans: list[str],
+    begin: Callable[..., Any] = start,
+    options: Sequence[str] = ("--dtype", "float32"),
 ) -> Iterator[list[ServerProcess]]:
     """One swarm of servers with these spans; the first founds it, the others start together."""
-    common = [str(model), "--dtype", "float32", "--blocks"]
+    common = [str(model), *options, "--blocks"]
     begun = [begin(home, *common, spans[0])]
     try:
         founder = wait_ready(begun[0])

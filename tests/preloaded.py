@@ -90,9 +90,11 @@ def start(home: Path, *arguments: str) -> Any:
 
 
 @contextmanager
-def serving(home: Path, model: Path, spans: list[str]) -> Iterator[list[ServerProcess]]:
+def serving(
+    home: Path, model: Path, spans: list[str], options: Sequence[str] = ("--dtype", "float32")
+) -> Iterator[list[ServerProcess]]:
     """As `processes.serving`."""
-    with processes.serving(home, model, spans, begin=start) as servers:
+    with processes.serving(home, model, spans, begin=start, options=options) as servers:
         yield servers
 
 
