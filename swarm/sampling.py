@@ -14,8 +14,8 @@ top_p counts shares of what is left; top_k is exact, because `wish_for` asks for
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,17 +120,6 @@ class Candidates:
         tokens, logits = self.pool()
         found = np.flatnonzero(tokens == token)
         return float(logits[found[0]]) - self._total(logits) if len(found) else -math.inf
-
-    def without(self, ids: Collection[int]) -> "Candidates":
-        """These candidates, but for ids that must not be chosen."""
-        unwanted = np.fromiter(ids, np.int64, len(ids))
-        return replace(
-            self,
-            logits=np.where(np.isin(self.tokens, unwanted), np.float32(-np.inf), self.logits),
-            named_logits=np.where(
-                np.isin(self.named_tokens, unwanted), np.float32(-np.inf), self.named_logits
-            ),
-        )
 
     def likeliest(self, count: int) -> list[tuple[int, float]]:
         """The `count` likeliest ids with their log-probabilities, as above: highest first, equal

@@ -5,6 +5,7 @@
 `forwards`  what a family's forward calls its arguments
 `caches`    the kinds of layers of a cache, what each keeps
 `attention` how attention is exchanged
+`rotary`    scalings of positions that go by the length of a text
 `loading`   from a checkpoint's names to a filled model; `quantizing` does it quantized
 
 1. A difference between releases is chosen by feature (a signature, an attribute), never by number.

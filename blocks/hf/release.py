@@ -100,5 +100,10 @@ def check_facts(facts: Iterable[Fact]) -> None:
 @functools.cache
 def check() -> None:
     """Unsupported, naming it, for the first thing that is not as known. Once a process."""
-    for module in ("models", "forwards", "caches", "attention", "loading", "quantizing"):
-        import_module(f"blocks.hf.{module}").check()
+    modules = [
+        import_module(f"blocks.hf.{name}")
+        for name in ("models", "forwards", "caches", "attention", "rotary", "loading", "quantizing")
+    ]
+    with import_module("blocks.hf.loading").quiet():
+        for module in modules:
+            module.check()

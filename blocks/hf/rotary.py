@@ -27,6 +27,8 @@ from torch import nn
 
 from blocks.errors import BlocksError
 from blocks.hf.forwards import parameters_of
+from blocks.hf.models import CONFIG_MAPPING, causal_class
+from blocks.hf.release import Fact, check_facts
 
 _ANY_LENGTH = frozenset({"default", "linear", "yarn", "llama3", "proportional", "ntk_alpha"})
 _SWITCHING, _GROWING = "longrope", "dynamic"
@@ -164,6 +166,42 @@ def _anew_after(model: nn.Module) -> int | None:
     if "original_max_position_embeddings" not in source:
         return None
     return getattr(model.config, "original_max_position_embeddings", None)
+
+
+def _are_found() -> bool:
+    """Are the modules of both kinds found, and what they go by?"""
+    scaled: dict[str, dict[str, Any]] = {
+        "phi3": {"rope_type": _SWITCHING, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        "llama": {"rope_type": _GROWING, "factor": 2.0},
+    }
+    found = []
+    for model_type, rope in scaled.items():
+        rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 4}
+        sizes = {"hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+        config = CONFIG_MAPPING[model_type](
+            **sizes,
+            num_hidden_layers=1,
+            intermediate_size=8,
+            vocab_size=8,
+            pad_token_id=0,
+            max_position_embeddings=8,
+            original_max_position_embeddings=4,
+            rope_parameters=rope,
+        )
+        model = causal_class(config)(config)
+        found.append((has_length_scaling(config), Rotary(model, model.model).scaling))
+    return found == [
+        (True, LengthScaling(switches=(4,), anew_after=4)),
+        (True, LengthScaling(grows_after=8)),
+    ]
+
+
+FACTS = (Fact("rotary modules tell by which length they scale positions", _are_found),)
+
+
+def check() -> None:
+    """Unsupported for the first thing that is not as known."""
+    check_facts(FACTS)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
