@@ -140,6 +140,7 @@ class Tokens:
         with _blamed("the model's tokenizer_config.json cannot be applied"):
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
             self.special_tokens = _name_special_tokens(self._tokenizer, config)
         self.chat_templates = _chat_templates(files, config)
         self._special_ids = frozenset(
@@ -362,7 +363,8 @@ def _blamed(sentence: str) -> Iterator[None]:
 
 def _name_special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
     """Return the special tokens that `config` names, by their names; add those that the tokenizer
-    does not hold as added tokens, in the order of transformers.
+    does not hold as added tokens, or not as `added_tokens_decoder` has them, in the order of
+    transformers.
     """
     named = {name: config[name] for name in _NAMED_TOKENS if config.get(name)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -372,12 +374,16 @@ def _name_special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dic
     }
     listed = config.get("added_tokens_decoder") or {}
     wanted = [listed[key] for key in sorted(listed, key=int)] + list(named.values())
+    named_end = len(wanted)
     wanted += [] if isinstance(extra, dict) else extra
-    held = {entry.content for entry in tokenizer.get_added_tokens_decoder().values()}
+    held = {entry.content: repr(entry) for entry in tokenizer.get_added_tokens_decoder().values()}
+    contents = {_added_token(value, is_special=True).content for value in named.values()}
     for place, value in enumerate(wanted):
-        token = _added_token(value, is_special=place >= len(listed))
-        if token.content not in held:
-            held.add(token.content)
+        token = _added_token(value, is_special=place >= len(listed) and place < named_end)
+        is_other = place < len(listed) and repr(token) != held.get(token.content)
+        if is_other or token.content not in held:
+            token.special |= token.content in contents
+            held[token.content] = repr(token)
             add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
             add([token])
     return {name: _added_token(value, is_special=True).content for name, value in named.items()}
@@ -392,9 +398,9 @@ def _added_token(value: Any, *, is_special: bool) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
     special = is_special or bool(value.get("special"))
-    flags = {name: bool(value.get(name)) for name in ("single_word", "lstrip", "rstrip")}
-    normalized = bool(value.get("normalized", not special))
-    return AddedToken(value["content"], special=special, normalized=normalized, **flags)
+    named = ("single_word", "lstrip", "rstrip", "normalized")
+    flags = {name: bool(value[name]) for name in named if name in value}
+    return AddedToken(value["content"], special=special, **flags)
 
 
 def _chat_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:

@@ -26,6 +26,7 @@ SENTENCES = [
     "x",
     "",
     "<s>not a beginning</s>",
+    "in <s> the </s> middle , played  fine <mask>",
 ]
 
 
@@ -158,6 +159,24 @@ def assert_equals_transformers(folder: Path) -> None:
         {"pad_token": "fine"},
         {"image_token": "<image>", "extra_special_tokens": {"video_token": "fine"}},
         {"added_tokens_decoder": {"900": {"content": "ly", "special": False}}},
+        *(
+            {"added_tokens_decoder": {"1": {"content": "<s>", "special": True, flag: True}}}
+            for flag in ("lstrip", "rstrip", "single_word", "normalized")
+        ),
+        {"added_tokens_decoder": {"1": {"content": "<s>", "special": False, "rstrip": True}}},
+        {"added_tokens_decoder": {"9": {"content": "played", "special": True, "lstrip": True}}},
+        {"bos_token": {"content": "<s>", "rstrip": True, "__type": "AddedToken"}},
+        {"mask_token": {"content": "<mask>", "lstrip": True, "__type": "AddedToken"}},
+        {
+            "additional_special_tokens": [
+                {"content": "fine", "rstrip": True, "__type": "AddedToken"}
+            ]
+        },
+        {"extra_special_tokens": ["fine", "<new>"], "additional_special_tokens": ["Lily"]},
+        {"split_special_tokens": True},
+        {"add_prefix_space": True},
+        {"add_prefix_space": False},
+        {"model_max_length": 3, "padding_side": "left"},
     ],
     ids=str,
 )
