@@ -1,4 +1,4 @@
-"""A command on a transformers that differs from those known here: a sentence, never a wrong text."""
+"""A command on a transformers that differs from those known here: one sentence, no wrong text."""
 
 import os
 import subprocess
