@@ -21,6 +21,7 @@ ORIGINAL = 10  # positions of a text whose scaling goes by length; the trial's t
 _TOWER_LAYERS = 3  # of vision and audio towers: another number than BLOCKS, not to be taken for it
 _HEADS, _HEAD_DIM, _HIDDEN = 4, 16, 64
 _POSITIONS = 128
+_SHARING = 2  # layers that reuse the keys of earlier ones
 
 _LAYER_COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
@@ -60,7 +61,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("mamba_n_groups", "mamba_ngroups"), 2),
     **dict.fromkeys(("index_topk", "index_block_size", "index_topk_blocks"), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "rotary_dim"), 8),
-    **dict.fromkeys(("linear_num_key_heads", "o_groups", "num_kv_shared_layers"), 2),
+    **dict.fromkeys(("linear_num_key_heads", "o_groups"), 2),
+    **dict.fromkeys(("num_kv_shared_layers",), _SHARING),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
@@ -127,6 +129,9 @@ _SAID_BY_DEFAULT: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": {"<image>": 1}},
+    # the whole composite masks what a stack need not, which rounds otherwise where layers are full
+    # and not in the last stack: its text part alone shows that shared keys arrive
+    "gemma4_unified": {"text_config": {"num_kv_shared_layers": 0}},
     "granitemoehybrid": {"layer_types": ["linear_attention"] * 2 + ["full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -185,7 +190,7 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
 def shrunk_values(values: Mapping[str, Any], layers: int) -> Values:
     """The values of a config, made tiny, with that many layers; nested configs with them."""
     count = _layer_count(values)
-    kept = kept_layers(_columns(values, count or layers), layers)
+    kept = _kept(values, _columns(values, count or layers), layers)
     own_ways = _OWN_WAYS.get(str(values.get("model_type")), {})
     small: Values = {}
     for name, value in values.items():
@@ -225,6 +230,16 @@ def kept_layers(columns: Sequence[Any], wanted: int) -> tuple[int, ...]:
     return tuple(sorted([*chosen, *(next(others) for _ in range(wanted - len(chosen)))]))
 
 
+def _kept(values: Mapping[str, Any], columns: Sequence[Any], layers: int) -> Sequence[int]:
+    """The layers to keep; the last, where they share keys, are of kinds that come before, too."""
+    shared = min(values.get("num_kv_shared_layers") or 0, _SHARING)
+    head = kept_layers(columns, layers - shared)
+    after = head[-1] + 1
+    if len(columns) - after < shared:
+        return kept_layers(columns, layers)
+    return (*head, *(after + number for number in kept_layers(columns[after:], shared)))
+
+
 def _filled(values: Mapping[str, Any], said: Mapping[str, Any] | None = None) -> Values:
     """Default values with what they leave unsaid; nested configs with theirs.
 
@@ -237,6 +252,8 @@ def _filled(values: Mapping[str, Any], said: Mapping[str, Any] | None = None) ->
         if isinstance(values.get(name), Mapping):
             nested = said.get(name) if isinstance(value, Mapping) else None
             filled[name] = _filled(values[name], nested)
+        elif name == "num_kv_shared_layers" and value == 0 and name not in said:
+            filled[name] = _SHARING  # most of its checkpoints do
         elif name == "layer_types" and name in said:
             count = _layer_count(values) or BLOCKS
             filled[name] = [value[number % len(value)] for number in range(count)]

@@ -17,25 +17,28 @@ _LIBRARIES = ("transformers", "torch", "safetensors")
 
 # Why families cannot be cut as they are, where the trial alone shows only that they cannot.
 _CAUSES = {
-    "deepseek_v4": "its first layers choose experts by the ids",
-    "gemma3n_text": "each layer takes inputs made from the ids beside the hidden states",
+    "blt": "three models in one, of which one cuts the text into patches",
+    "cpmant": "it puts a prompt of its own before the text, so that positions are not the text's",
+    "dory": "it goes through some of its layers several times",
+    "gemma3n": "its vision part asks for more libraries, even for text; the text part alone serves",
     "gemma4_assistant": "it drafts for another model and takes that model's hidden states",
-    "gemma4_text": "each layer takes inputs made from the ids beside the hidden states",
     "gemma4_unified_assistant": "it drafts for another model and takes that model's hidden states",
     "hrm_text": "it goes through its layers several times",
-    "hy_v4": "layers share the positions that an earlier one chose",
+    "inkling2_loop_text": "it goes through some of its layers several times",
     "inkling2_text": "a history of blocks goes from layer to layer",
     "longcat_flash": "each of its layers counts for two",
     "minimax": "it wants a cache of its own kind",
-    "modernbert-decoder": "its embedding is called in a way of its own",
+    "openai-gpt": "it keeps no cache: every step is computed from the whole text",
+    "qwen4_exp": "streams go from layer to layer as one wide axis",
+    "qwen4_exp_text": "streams go from layer to layer as one wide axis",
     "recurrent_gemma": "it keeps the state of a session in the model, so that sessions mix",
+    "reformer": "its layers are reversible and hash positions, with a cache of their own",
+    "rwkv": "its state goes from layer to layer as a list of its own",
+    "xlm": "it runs several lists side by side, of which none is a layer",
+    "xlnet": "it puts positions before rows",
     "xlstm": "it wants a cache of its own kind",
-    "zamba": "shared blocks take the embedding's output beside the hidden states",
-    "zamba2": "shared blocks take the embedding's output beside the hidden states",
-    "zaya": "a state of the router goes from layer to layer",
 }
 _CAUSES_BY_REASON = (
-    ("Encoder.forward() missing", "its layers are run by an encoder inside the model"),
     ("from its own single forward", "transformers loses part of the past when a prompt is cut"),
 )
 

@@ -134,6 +134,19 @@ def test_layers_are_picked_with_what_single_layers_have_of_their_own() -> None:
     assert [width == max(wide) for width in wide] == is_full
 
 
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4_unified_text"])
+def test_a_family_that_can_share_keys_shares_those_of_each_kind_of_layer(family: str) -> None:
+    tiny = tiny_config(family)
+    reusing = [
+        kind
+        for kind, mode in zip(tiny.layer_types, tiny.kv_sharing_modes, strict=True)
+        if mode == "reuse"
+    ]
+    assert sorted(reusing) == ["full_attention", "sliding_attention"]
+    alone = AutoConfig.for_model(family, num_kv_shared_layers=0)
+    assert shrunk(alone).num_kv_shared_layers == 0
+
+
 def test_the_parts_of_a_composite_are_made_tiny_and_are_not_taken_for_each_other() -> None:
     tiny = tiny_config("gemma3")
     assert tiny.text_config.num_hidden_layers == BLOCKS
