@@ -2,10 +2,11 @@
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from blocks.hf.release import model_types
@@ -78,11 +79,11 @@ def run_families(
     found = examine_all(requests, limit_seconds=settings.limit_seconds, on_done=show)
     note(summary(found))
     version = metadata.version("transformers")
+    merged = with_families(before if settings.proven else listed(), version, found)
     if settings.table is not None:
-        settings.table.write_text(table_of(found, libraries()), encoding="utf-8")
+        settings.table.write_text(table_of(found, libraries(), merged), encoding="utf-8")
         note(f"wrote {settings.table}")
     if settings.proven is not None:
-        merged = with_families(before, version, found)
         settings.proven.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         note(f"wrote {settings.proven}")
     lost = lost_types(listed().get(minor(version), {}), found)
@@ -151,8 +152,12 @@ def reason_of(family: Family) -> str:
     return f"{family.reason} ({cause})" if cause else family.reason
 
 
-def table_of(found: Sequence[Family], versions: Mapping[str, str]) -> str:
-    """The page docs/families.md."""
+def table_of(
+    found: Sequence[Family],
+    versions: Mapping[str, str],
+    listed: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> str:
+    """The page docs/families.md, with a section for each other release that is listed."""
     number = counts(found)
     serving = [family for family in found if family.is_serving]
     others = [family for family in found if not family.is_serving]
@@ -182,8 +187,31 @@ def table_of(found: Sequence[Family], versions: Mapping[str, str]) -> str:
         "| --- | --- | --- |",
         *(_other_row(family) for family in others),
         "",
+        *_releases_section(found, versions["transformers"], listed),
     ]
     return "\n".join(lines)
+
+
+def _releases_section(
+    found: Sequence[Family], version: str, listed: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """What differs with each other release: the list says what holds there."""
+    here = {family.model_type: family.is_serving for family in found}
+    for release, types in listed.items():
+        if version.startswith(f"{release}."):
+            continue
+        there = {name: facts["serving"] for name, facts in types.items()}
+        differing = {
+            "Exact there and not above": [n for n in there if there[n] and here.get(n) is False],
+            "Exact above and not there": [n for n in there if not there[n] and here.get(n)],
+            "Not known there": [name for name in here if name not in there],
+        }
+        yield f"## With transformers {release}"
+        yield ""
+        yield f"Of {len(there)} model types, {sum(there.values())} are exact for serving."
+        for said, names in differing.items():
+            yield f"{said}: {', '.join(names) or 'none'}."
+        yield ""
 
 
 _DEFINITIONS = (

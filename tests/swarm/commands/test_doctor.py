@@ -99,6 +99,22 @@ def test_a_whole_run_writes_the_page_where_there_is_a_folder_for_it(tmp_path: Pa
     assert "| bert | - | forward: differs by 5.0e-01 |" in bad
 
 
+def test_the_page_says_what_differs_with_each_other_release_that_is_listed(tmp_path: Path) -> None:
+    good, bad = {"serving": True, "holds": [*CHECKS], "reason": ""}, {"serving": False}
+    path = tmp_path / "proven.json"
+    path.write_text(json.dumps({"4.0": {"bert": good, "llama": bad}, "4.1": {}}))
+    run("--proven", str(path), "--table", "here.md", folder=tmp_path)
+    page = (tmp_path / "here.md").read_text()
+    assert re.findall("## With transformers (.*)", page) == ["4.0", "4.1"]
+    section = page.partition("## With transformers 4.0")[2]
+    assert "Of 2 model types, 1 are exact for serving." in section
+    assert "Exact there and not above: bert." in section
+    assert "Exact above and not there: llama." in section
+    assert "Not known there: mamba." in section
+    run("--table", "alone.md", folder=tmp_path)
+    assert "## With transformers" not in (tmp_path / "alone.md").read_text()
+
+
 def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
     run("--only", "llama", "--table", "here.md", folder=tmp_path)
     assert "| llama |" in (tmp_path / "here.md").read_text()
