@@ -162,13 +162,13 @@ class Whole:
         return values
 
 
-def _loaded(family: Any, folder: Path, is_composite: bool) -> Whole:
+def _loaded(family: Any, folder: Path, has_images: bool) -> Whole:
     """The saved model, if it runs on text; of a composite that does not, the text part."""
     try:
         whole = Whole(family.from_pretrained(folder, dtype=torch.float32).eval())
         whole.run(some_ids(3, seed=0))
     except TheirsError:
-        if not is_composite:
+        if not has_images:
             raise
         whole = _loaded(AutoModelForCausalLM, folder, False)
     return whole
@@ -177,14 +177,15 @@ def _loaded(family: Any, folder: Path, is_composite: bool) -> Whole:
 def saved_model(config: PretrainedConfig, folder: Path) -> Whole:
     """A random model of the config, saved in `folder` and loaded back. Trouble says what failed."""
     torch.manual_seed(_SEED)
-    family = AutoModelForImageTextToText if is_composite(config) else AutoModelForCausalLM
+    has_images = is_composite(config)
+    family = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
     try:
         model = family.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(torch.randn_like(weight) * _NOISE)
         model.save_pretrained(folder)
-        whole = _loaded(type(model), folder, is_composite)
+        whole = _loaded(type(model), folder, has_images)
     except TheirsError as why:
         raise Trouble(f"transformers' whole model does not run: {why}") from why
     except Exception as error:
