@@ -117,8 +117,7 @@ class Carved:
         `shared` are the arguments of the family's forward beside these; those it does not know are
         left out, but for the cache (None: none is kept), without which the past would be lost.
         `sides` came with hidden states, and holds what later blocks need afterwards.
-        With `wanted` there are logits of so many last positions. `regime`: of the length of the
-        text, where positions are computed by it (see `blocks.hf.rotary`).
+        With `wanted` there are logits of so many last positions; `regime`: see `hf.rotary`.
         """
         shared = {**shared, **self._cache_arguments(cache), "return_dict": True}
         captured: list[torch.Tensor] = []

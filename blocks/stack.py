@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from blocks.apart import attends_apart
 from blocks.attention import Rows
 from blocks.cache import StackCache
+from blocks.checks import check_range, check_step
 from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
@@ -26,8 +27,6 @@ from blocks.masks import checked_mask, positions
 from blocks.sides import Sides, check_sides, sample_sides
 from blocks.transfer import sent
 from blocks.trial import Paging, decoder_of
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 class Stack:
@@ -54,6 +53,7 @@ class Stack:
         self.hidden_size = carved.hidden_size
         self.vocabulary_size = carved.vocabulary_size
         self.context_length = carved.context_length
+        self.hidden_tail = carved.sides.hidden_tail
 
     @classmethod
     def of(
@@ -140,7 +140,7 @@ class Stack:
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
-        self._check(inputs, cache, start, logits_for)
+        check_step(self, inputs, cache, start, logits_for)
         regime = 0 if sequence_length is None else self.regime(sequence_length)
         rows, tokens = inputs.shape[:2]
         mask = checked_mask(mask, rows, start + tokens, self.device)
@@ -232,7 +232,7 @@ class Stack:
         self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides, length: int
     ) -> Row:
         """A session's next position, checked and placed."""
-        self._check(one, cache, cache.length, 1 if wants_logits else None)
+        check_step(self, one, cache, cache.length, 1 if wants_logits else None)
         if one.shape[:2] != (1, 1) or not cache.length:
             raise StepError("sessions join with one position of one row, and with a past")
         if cache.is_torn:
@@ -336,7 +336,7 @@ class Stack:
         Raises StepError for what no stack could compute as sent, BlocksError for families whose
         sides have gradients of their own.
         """
-        self._check(inputs, None, 0, None)
+        check_step(self, inputs, None, 0, None)
         if not inputs.is_floating_point():
             raise StepError("ids have no gradient: send hidden states")
         if grad.shape != inputs.shape or not grad.is_floating_point():
@@ -373,38 +373,6 @@ class Stack:
         dtype = self.dtype if tensor.is_floating_point() else torch.long if is_ids else None
         return sent(tensor, self.device, dtype)
 
-    def _check(
-        self, inputs: torch.Tensor, cache: StackCache | None, start: int, logits_for: int | None
-    ) -> None:
-        if inputs.dim() < 2 or 0 in inputs.shape:
-            raise StepError(f"inputs need rows and positions, not shape {tuple(inputs.shape)}")
-        if inputs.is_floating_point():
-            tail = self._carved.sides.hidden_tail
-            fits = tuple(inputs.shape[2:]) == tail if tail else inputs.dim() > 2
-            if not fits or inputs.shape[-1] != self.hidden_size:
-                raise StepError(
-                    f"hidden states end in an axis of {self.hidden_size}, not in shape "
-                    f"{tuple(inputs.shape)}"
-                )
-        else:
-            self._check_ids(inputs)
-        tokens = inputs.shape[1]
-        if logits_for is not None and not (self.holds_head and 0 <= logits_for <= tokens):
-            raise StepError(
-                f"blocks {self.start}:{self.stop} of {self.blocks} cannot give the logits of the "
-                f"last {logits_for} of {tokens} positions"
-            )
-        held = 0 if cache is None else cache.length
-        if start != held:
-            raise StepError(f"the step starts at position {start}, but {held} are held")
-        if start + tokens > self.context_length:
-            raise StepError(f"position {start + tokens} is beyond the context of the model")
-        if cache is not None:
-            if (cache.start, cache.stop) != (self.start, self.stop):
-                raise BlocksError(f"a cache of blocks {cache.start}:{cache.stop} does not fit here")
-            if cache.rows not in (None, inputs.shape[0]):
-                raise StepError(f"{inputs.shape[0]} rows follow a past of {cache.rows} rows")
-
     def _checked_sides(self, inputs: torch.Tensor, sides: Sides | None, past: int) -> Sides:
         """What these blocks need of the sides, where the weights are; nothing beside ids."""
         if not inputs.is_floating_point():
@@ -413,17 +381,5 @@ class Stack:
         rows, tokens = inputs.shape[:2]
         check_sides(self._carved.sides, given, self.start, rows, tokens, past)
         if "ids" in self.needs:
-            self._check_range(given["ids"])
+            check_range(given["ids"], self.vocabulary_size)
         return {name: self._placed(given[name]) for name in self.needs}
-
-    def _check_ids(self, ids: torch.Tensor) -> None:
-        if not self.holds_embedding:
-            raise StepError(f"blocks {self.start}:{self.stop} take hidden states, not ids")
-        if ids.dtype not in _INTEGERS or ids.dim() != 2:
-            raise StepError(f"ids are int32 or int64 [rows, positions], not {ids.dtype}")
-        self._check_range(ids)
-
-    def _check_range(self, ids: torch.Tensor) -> None:
-        # out of range a GPU would abort the process, not raise
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary_size:
-            raise StepError(f"ids must be below the vocabulary's {self.vocabulary_size}")

@@ -114,6 +114,7 @@ class ClientSession:
         self._route_seconds = route_seconds
         self._repair_route = repair_route
         self._links = Links(host, nursery, self, pulse, is_shielded=True)
+        regime = length_scaling.regime(len(prompt))
         self._session = Session(
             session=os.urandom(16),
             client=identity.peer,
@@ -121,9 +122,7 @@ class ClientSession:
             max_tokens=max_tokens,
             sign=self._sign,
             new_link=self._links.new_number,
-            prefix=prefix_of(
-                prompt, fingerprint, sequence_length=length_scaling.regime(len(prompt))
-            ),
+            prefix=prefix_of(prompt, fingerprint, sequence_length=regime),
         )
         self._suspects = suspects
         self._troubles: list[Trouble] = []
@@ -163,13 +162,12 @@ class ClientSession:
         payload: Payload,
         wanted: Wanted,
         wish: Wish | None = None,
-        *,
         sequence_length: int = 0,
     ) -> None:
         """Send inputs for positions from `start` on; never waits.
 
-        `sequence_length`: how many positions the text has that they are the last of, or a part of;
-        0: they end it. ValueError if they reach beyond `max_tokens`.
+        `sequence_length`: of the text that they are a part of, if they do not end it. ValueError
+        if they reach beyond `max_tokens`.
         """
         length = next(iter(payload.values())).shape[1]
         if start + length > self.max_tokens:
@@ -374,11 +372,10 @@ async def open_session(
 
     With `prompt`, the ids it will begin with, hops that hold the same beginning need not compute it
     again; its first `pages` steps must then be a page of the prompt each, as `generate` sends them.
-    `length_scaling` is the model card's. With
-    `repair_route` a trouble costs the lost hops only, else a fresh route and a whole replay;
-    `pulse` tells of hops that fall silent, nothing else does; `suspects` may be shared by the
-    sessions of a client, so that one need not learn what another has. Raises NoRoute if no route is
-    found within `route_seconds`, now or at a repair.
+    `length_scaling` is the model card's. With `repair_route` a trouble costs the lost hops only,
+    else a fresh route and a whole replay; `pulse` tells of hops that fall silent, nothing else
+    does; `suspects` may be shared by a client's sessions, so that one need not learn what another
+    has. Raises NoRoute if no route is found within `route_seconds`, now or at a repair.
     """
     async with open_tasks() as nursery:
         session = ClientSession(
