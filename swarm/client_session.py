@@ -164,10 +164,9 @@ class ClientSession:
         wish: Wish | None = None,
         sequence_length: int = 0,
     ) -> None:
-        """Send inputs for positions from `start` on; never waits.
+        """Send inputs for positions from `start` on, in a text so long, or at its end; never waits.
 
-        `sequence_length`: of the text that they are a part of, if they do not end it. ValueError
-        if they reach beyond `max_tokens`.
+        ValueError if they reach beyond `max_tokens`.
         """
         length = next(iter(payload.values())).shape[1]
         if start + length > self.max_tokens:
