@@ -9,6 +9,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -135,13 +136,12 @@ class Stack:
         states are those after the last block of the stack, before any final norm. `sides` is what
         travels beside hidden states in families that need more (see `needs`, most need nothing): a
         stack takes from it what it needs, and leaves in it what later blocks need.
-        `sequence_length`: how many positions the one forward of the whole model has that this is a
-        part of (a chunk of a prompt: the prompt's); None: as many as these end at.
+        `sequence_length`: of the text that this is a chunk of; None: it ends it.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
         check_step(self, inputs, cache, start, logits_for)
-        regime = 0 if sequence_length is None else self.regime(sequence_length)
+        regime = self.regime(sequence_length or 0)
         rows, tokens = inputs.shape[:2]
         mask = checked_mask(mask, rows, start + tokens, self.device)
         beside = self._checked_sides(inputs, sides, start)
@@ -155,14 +155,9 @@ class Stack:
         with torch.inference_mode(), alone.attached() if alone else nullcontext():
             at = positions(mask, start, tokens, rows, self.device)
             shared = {"position_ids": at, "attention_mask": mask}
+            placed = self._placed(inputs)
             output = self._carved.forward(
-                self._span,
-                self._placed(inputs),
-                shared,
-                cache=cache,
-                wanted=wanted,
-                sides=beside,
-                regime=regime,
+                self._span, placed, shared, cache=cache, wanted=wanted, sides=beside, regime=regime
             ).asked
         if cache is not None:
             cache.advance(tokens)
@@ -200,16 +195,8 @@ class Stack:
         if len(inputs) == 1:
             (one,), (cache,), (side,), (part,) = inputs, caches, beside, parts
             wanted = 1 if wishes[0] else None
-            return [
-                part.run(
-                    one,
-                    cache=cache,
-                    start=cache.length,
-                    logits_for=wanted,
-                    sides=side,
-                    sequence_length=lengths[0],
-                )
-            ]
+            run = partial(part.run, cache=cache, start=cache.length, sides=side)
+            return [run(one, logits_for=wanted, sequence_length=lengths[0])]
         if len({id(cache) for cache in caches}) < len(caches):
             raise StepError("a session can take one step at a time")
         rows = [
