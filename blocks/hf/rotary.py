@@ -65,7 +65,13 @@ class Rotary:
 
     def __init__(self, model: nn.Module, inner: nn.Module) -> None:
         found = {module: _kinds(module) for module in inner.modules() if _kinds(module)}
-        self._fresh = {module: _state(module) for module in found}
+        self._modules = tuple(found)
+        # longrope only keeps what it computed once; a recording must find that where it was
+        self._fresh = {
+            module: _state(module)
+            for module, kinds in found.items()
+            if any(_GROWING in kind for kind in kinds.values())
+        }
         limits = [one for module, kinds in found.items() for one in _limits(module, kinds)]
         grown = [limit for kind, limit in limits if kind == _GROWING]
         switches = {limit for kind, limit in limits if kind == _SWITCHING}
@@ -81,7 +87,7 @@ class Rotary:
         0: by their own length.
         """
         with ExitStack() as undo:
-            for module in self._fresh if regime else ():
+            for module in self._modules if regime else ():
                 before = partial(_with_last, regime)
                 undo.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
                 undo.enter_context(module.register_forward_hook(_without_last, with_kwargs=True))

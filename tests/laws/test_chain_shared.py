@@ -117,8 +117,8 @@ def without_a_look_at_the_digest(patch: pytest.MonkeyPatch) -> None:
     """Whatever a page holds, it has the same name."""
     add = Digests.add
 
-    def same(self: Digests, start: int, payload: object) -> None:
-        add(self, start, payload)  # type: ignore[arg-type]
+    def same(self: Digests, start: int, payload: object, sequence_length: int = 0) -> None:
+        add(self, start, payload, sequence_length)  # type: ignore[arg-type]
         self.pages[:] = [bytes([place]) * 16 for place in range(len(self.pages))]
 
     patch.setattr(Digests, "add", same)

@@ -48,6 +48,23 @@ def test_a_step_is_computed_once_and_sent_on() -> None:
     assert desk.legs.received(1, step(1, 0, length=3)) == []
 
 
+def test_a_step_is_sent_on_with_the_length_of_its_text() -> None:
+    desk = middle()
+    one = Step(serial=1, after=0, start=0, sequence_length=9, payload=payload(3))
+    actions = desk.legs.received(1, one)
+    (compute,) = [a for a in actions if isinstance(a, Compute)]
+    (sent,) = said(desk.compute(actions), 101)
+    assert isinstance(sent, Step)
+    assert (compute.step.sequence_length, sent.sequence_length) == (9, 9)
+
+
+def test_a_text_longer_than_the_session_breaks_the_senders_word() -> None:
+    desk = middle()
+    one = Step(serial=1, after=0, start=0, sequence_length=1 << 40, payload=payload(3))
+    (fault,) = [m for m in said(desk.legs.received(1, one), 1) if isinstance(m, Fault)]
+    assert fault.failure == "broke_word"
+
+
 def test_each_hop_adds_its_time() -> None:
     desk = middle()
     one = Step(serial=1, after=0, start=0, times=(TIME,), payload=payload())

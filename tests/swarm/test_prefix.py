@@ -116,6 +116,17 @@ def test_no_more_pages_are_told_than_an_open_carries() -> None:
     assert len(digests.pages) == MOST_PAGES
 
 
+def test_the_same_ids_in_a_text_of_another_regime_are_other_pages() -> None:
+    short, long = Digests("f", PAGE), Digests("f", PAGE)
+    short.add(0, hidden(range(2 * PAGE)))
+    long.add(0, hidden(range(2 * PAGE)), 301)
+    assert not set(short.pages) & set(long.pages)
+    mixed = Digests("f", PAGE)
+    mixed.add(0, hidden(range(PAGE + 1)))
+    mixed.add(PAGE + 1, hidden(range(PAGE + 1, 2 * PAGE)), 301)
+    assert mixed.pages == short.pages[:1]  # no page is of two
+
+
 # --- histories in pages -------------------------------------------------------------------------
 
 
@@ -150,6 +161,22 @@ def test_pages_that_are_entries_already_are_shared() -> None:
     assert entries is not None
     shared = [old.payload is new.payload for old, new in zip(history.entries, entries, strict=True)]
     assert shared == [True, True, False]
+
+
+def test_pages_of_a_history_say_of_how_long_a_text_they_are() -> None:
+    history = History()
+    for serial, (start, length) in enumerate([(0, 0), (3, 0), (6, 9), (9, 9), (12, 10)], 1):
+        values = range(start, start + 3)
+        history.append(Entry(serial, start, hidden(values), "last", sequence_length=length))
+    assert paged(history, 2, PAGE) is None  # its second page is of two kinds
+    whole = History()
+    for serial, start in ((1, 0), (2, PAGE), (3, PAGE + 3)):
+        count = PAGE if serial == 1 else 3
+        part = hidden(range(start, start + count))
+        whole.append(Entry(serial, start, part, "last", sequence_length=9))
+    entries = paged(whole, 2, PAGE)
+    assert entries is not None
+    assert [entry.sequence_length for entry in entries] == [9, 9]
 
 
 def test_a_history_that_lacks_something_has_no_pages() -> None:
