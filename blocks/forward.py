@@ -125,8 +125,9 @@ class Carved:
 
         `shared` are the arguments of the family's forward beside these; those it does not know are
         left out, but for the cache (None: none is kept), without which the past would be lost.
-        `sides` came with hidden states, and holds what later blocks need afterwards. With `wanted`
-        there are logits of so many last positions; `regime`: see `hf.rotary`.
+        `sides` came with hidden states, and holds what later blocks need afterwards.
+        With `wanted` there are logits of so many last positions. `regime`: of the length of the
+        text, where positions are computed by it (see `blocks.hf.rotary`).
         """
         shared = {**shared, **self._cache_arguments(cache), "return_dict": True}
         captured: list[torch.Tensor] = []
@@ -139,7 +140,8 @@ class Carved:
         )
         shared |= self._hidden_arguments(inputs) if is_hidden else {"input_ids": inputs}
         with ExitStack() as undo:
-            undo.enter_context(self._only(span, regime))
+            undo.enter_context(self._only(span))
+            undo.enter_context(self.rotary.at(regime))
             if self.sides.is_needed:
                 undo.enter_context(exchange.attached())
             if is_hidden:
@@ -236,10 +238,8 @@ class Carved:
             store[name] = store[name].clone()
 
     @contextmanager
-    def _only(self, span: range, regime: int) -> Iterator[None]:
-        """Within, loaded layers outside the span pass their input on like the others, and positions
-        are those of the regime.
-        """
+    def _only(self, span: range) -> Iterator[None]:
+        """Within, loaded layers outside the span pass their input on like the others."""
         layers = self.parts.layers
         loaded = {
             number: layer
@@ -249,8 +249,7 @@ class Carved:
         try:
             for number, layer in loaded.items():
                 layers[number] = Skip(layer, self.parts.arity)
-            with self.rotary.at(regime):
-                yield
+            yield
         finally:
             for number, layer in loaded.items():
                 layers[number] = layer

@@ -10,14 +10,12 @@
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 
 from blocks.apart import attends_apart
 from blocks.attention import Rows
 from blocks.cache import StackCache
-from blocks.checks import check_range, check_step
 from blocks.decoding import Decoder
 from blocks.errors import BlocksError, StepError
 from blocks.forward import Carved
@@ -56,7 +54,6 @@ class Stack:
         self.hidden_size = carved.hidden_size
         self.vocabulary_size = carved.vocabulary_size
         self.context_length = carved.context_length
-        self.hidden_tail = carved.sides.hidden_tail
 
     @classmethod
     def of(
@@ -123,7 +120,8 @@ class Stack:
         states are those after the last block of the stack, before any final norm. `sides` is what
         travels beside hidden states in families that need more (see `needs`, most need nothing): a
         stack takes from it what it needs, and leaves in it what later blocks need.
-        `sequence_length`: of the text that this is a chunk of; None: it ends it.
+        `sequence_length`: how many positions the one forward of the whole model has that this is a
+        part of (a chunk of a prompt: the prompt's); None: as many as these end at.
 
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
@@ -163,7 +161,6 @@ class Stack:
         with torch.inference_mode(), alone.attached() if alone else nullcontext():
             at = positions(mask, start, tokens, rows, self.device)
             shared = {"position_ids": at, "attention_mask": mask}
-            placed = self._placed(inputs)
             output = self._carved.forward(
                 self._span,
                 self._placed(inputs),

@@ -115,7 +115,6 @@ class ClientSession:
         self._route_seconds = route_seconds
         self._repair_route = repair_route
         self._links = Links(host, nursery, self, pulse, is_shielded=True)
-        regime = length_scaling.regime(len(prompt))
         self._session = Session(
             session=os.urandom(16),
             client=identity.peer,
@@ -165,7 +164,7 @@ class ClientSession:
         wish: Wish | None = None,
         sequence_length: int = 0,
     ) -> None:
-        """Send inputs for positions from `start` on, in a text so long, or at its end; never waits.
+        """Send inputs for positions from `start` on; never waits.
 
         `sequence_length`: of the text that they are a part of, 0 if they end it. ValueError if they
         reach beyond `max_tokens`.
