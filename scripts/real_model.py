@@ -95,7 +95,6 @@ def make(file: Path, folder: Path) -> None:
     given = {"gguf_file": file.name, "local_files_only": True}
     read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given)
     config = deepcopy(read.config)
-    config.name_or_path = ""
     del config.quantization_config  # it tells of the GGUF file
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(read.state_dict())
