@@ -223,10 +223,13 @@ class Stack:
                 raise BlocksError(part.why_not_joined)
         with torch.inference_mode():
             run_rows(self._carved, rows, self._ghosts, self._by_rows, self._decoder)
-        for row, side in zip(rows, beside, strict=True):
-            side.clear()
-            side.update(row.sides)
-        return [row.values for row in rows]
+        return [self._handed(row, side) for row, side in zip(rows, beside, strict=True)]
+
+    @staticmethod
+    def _handed(row: Row, side: Sides) -> torch.Tensor:
+        side.clear()
+        side.update(row.sides)
+        return row.values
 
     def _row(
         self, one: torch.Tensor, cache: StackCache, wants_logits: bool, sides: Sides, length: int

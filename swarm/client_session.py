@@ -26,12 +26,12 @@ from swarm.errors import NoRoute, Unreachable
 from swarm.identity import Identity
 from swarm.links import Links
 from swarm.messages import AnyMessage, FaultKind, HopName, Open, Output, Wanted, Wish
+from swarm.model_card import ANY_LENGTH, LengthScaling
 from swarm.prefix import prefix_of
 from swarm.pulse import Pulse
 from swarm.session import Action, Deliver, Session, Trouble
 from swarm.suspects import Suspects
 from swarm.tasks import open_tasks
-from swarm.text import ANY_LENGTH, LengthScaling
 from swarm.transport import Host
 from swarm.troubles import (
     as_routing,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from swarm.errors import PeerFault, SwarmError
 from swarm.files import FileCache, SmallFiles, fetch_files, fingerprint_of
+from swarm.model_card import ModelCard
 from swarm.record import PeerRecord
-from swarm.text import ModelCard, Tokens
+from swarm.text import Tokens
 from swarm.transport import Host
 
 log = logging.getLogger(__name__)

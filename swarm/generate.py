@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from swarm.client_session import ClientSession
 from swarm.errors import BadInput, PeerFault
 from swarm.messages import HopTime, Wanted, Wish
+from swarm.model_card import LengthScaling, ModelCard
 from swarm.prefix import PAGE_POSITIONS, ids_payload
 from swarm.rules import Rules
 from swarm.sampling import (
@@ -29,7 +30,6 @@ from swarm.sampling import (
     counts_of,
     wish_for,
 )
-from swarm.text import LengthScaling, ModelCard
 from swarm.wire import Tensor
 
 # Long enough to be bound by compute, short enough that hops overlap (docs/protocol.md).

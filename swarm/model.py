@@ -28,9 +28,9 @@ from routing.span import Span
 from swarm.errors import BadInput, PeerFault
 from swarm.files import SmallFiles, fingerprint_of
 from swarm.hub import HubModel, Progress, fetch_shards, plan_fetching
+from swarm.model_card import ModelCard
 from swarm.planning import Wanted
 from swarm.record import DIGEST_BYTES, MOST_DIGESTS_BYTES
-from swarm.text import ModelCard
 
 # Room for a few conversations; what is left of the memory is found after loading.
 PLANNED_SESSIONS = 4

@@ -18,10 +18,11 @@ from swarm.files import FileCache
 from swarm.generate import GenerateSettings, Generation, check_prompt, generate
 from swarm.identity import new_identity
 from swarm.invite import Invite, decode_invite
+from swarm.model_card import GenerationDefaults
 from swarm.sampling import SamplingSettings
 from swarm.settings import DEFAULT_TOKENS, cache_home
 from swarm.template import render_chat
-from swarm.text import GenerationDefaults, StopScanner, TextStream, Tokens
+from swarm.text import StopScanner, TextStream, Tokens
 
 _MARK = re.compile(r"<[^<>\s'\"]{2,40}>|\[/?[A-Z_]{3,20}\]")  # as templates mark roles and turns
 

@@ -15,8 +15,8 @@ from swarm.gateway.faults import ApiError, bad, checked, unsupported
 from swarm.gateway.requests import Request, ResponseFormat, Stops, StructuredOutputs
 from swarm.gateway.settings import GatewaySettings
 from swarm.generate import GenerateSettings, Guide, check_prompt
+from swarm.model_card import ModelCard
 from swarm.sampling import MOST_BIASED, SamplingSettings
-from swarm.text import ModelCard
 
 _LEAST_SHARE = 1e-9  # top_p 0 keeps the likeliest id alone
 

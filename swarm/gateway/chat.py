@@ -74,7 +74,7 @@ def chat_text(tokens: Tokens, chat: Chat) -> Prompt:
         raise bad("this model's chat template takes no tools", "tools", "unsupported_parameter")
     messages = list(chat.messages)
     if chat.is_continued:
-        messages[-1] = {**messages[-1], "content": messages[-1]["content"] + _HERE}
+        messages[-1] = {**messages[-1], "content": _marked(messages[-1]["content"])}
     try:
         text = render_chat(
             tokens.template_for(has_tools=bool(chat.tools)) or PLAIN_TEMPLATE,
@@ -91,6 +91,14 @@ def chat_text(tokens: Tokens, chat: Chat) -> Prompt:
         end = chat.messages[-1]["content"]
         text = _cut_at_mark(text, end)
     return Prompt(text, not tokens.chat_templates, is_open(end))
+
+
+def _marked(content: str) -> str:
+    """A message's content, with the mark at its end."""
+    if not isinstance(content, Parts):
+        return content + _HERE
+    *before, last = (part["text"] for part in content.parts)
+    return Parts([*before, last + _HERE])
 
 
 def _cut_at_mark(text: str, said: str) -> str:

@@ -25,9 +25,9 @@ from swarm.client_session import open_session
 from swarm.generate import GenerateSettings, Generation, generate
 from swarm.identity import Identity
 from swarm.memory import MemoryNetwork
+from swarm.model_card import ModelCard
 from swarm.prefix import PAGE_POSITIONS
 from swarm.server import Room, Server
-from swarm.text import ModelCard
 
 BLOCKS, VOCABULARY, ORIGINAL, TOKENS = 3, 96, 300, 10
 CUTS = (("0:3",), ("0:1", "1:3"), ("0:1", "1:2", "2:3"))

@@ -21,11 +21,12 @@ from swarm.errors import BadInput
 from swarm.fetching import Model
 from swarm.files import SmallFiles
 from swarm.messages import CHAIN_PROTOCOL
+from swarm.model_card import ModelCard
 from swarm.peers import PeerTable
 from swarm.probe import PROBE_PROTOCOL, serve_probe
 from swarm.record import sign_record
 from swarm.settings import DEMO_FOLDER
-from swarm.text import ModelCard, Tokens
+from swarm.text import Tokens
 
 DELAY_SECONDS = 0.01
 CARD = ModelCard(

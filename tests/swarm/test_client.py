@@ -24,13 +24,13 @@ from swarm.files import FileCache, SmallFiles, fingerprint_of, serve_files
 from swarm.identity import Identity
 from swarm.invite import Invite, swarm_id_of
 from swarm.memory import MemoryHost, MemoryNetwork
+from swarm.model_card import GenerationDefaults, ModelCard
 from swarm.peers import PeerTable
 from swarm.probe import serve_probe
 from swarm.prompt import PromptSettings, sampling_of
 from swarm.reading import read_tables, read_views
 from swarm.record import PeerRecord, sign_record, tombstone_of
 from swarm.settings import DEMO_FOLDER
-from swarm.text import GenerationDefaults, ModelCard
 
 CARD = ModelCard(
     format=1,

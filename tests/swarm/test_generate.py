@@ -7,8 +7,8 @@ from session_worlds import World, candidates, next_token, run, said_after
 
 from swarm.errors import BadInput, PeerFault
 from swarm.generate import CHUNK_TOKENS, GenerateSettings, Generation, check_prompt, generate
+from swarm.model_card import ModelCard
 from swarm.sampling import SamplingSettings
-from swarm.text import ModelCard
 
 PROMPT = [3, 1, 4, 1, 5]
 CARD = ModelCard(

@@ -19,10 +19,10 @@ from swarm.identity import Identity
 from swarm.memory import MemoryHost, MemoryNetwork
 from swarm.messages import Wish
 from swarm.model import Description
+from swarm.model_card import ModelCard
 from swarm.moving import Freedom, guessed_speeds, open_keeper
 from swarm.node import Holding, Node, open_node
 from swarm.pace import Speeds
-from swarm.text import ModelCard
 from swarm.wire import Tensor
 from tests.swarm.session_worlds import ArithmeticExecutor, said_after
 

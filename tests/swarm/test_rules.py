@@ -29,8 +29,8 @@ from swarm.gateway.requests import Request
 from swarm.gateway.settings import GatewaySettings
 from swarm.generate import GenerateSettings, Generation, generate
 from swarm.model import describe
+from swarm.model_card import ModelCard
 from swarm.rules import Rules
-from swarm.text import ModelCard
 from swarm.wire import Tensor
 
 torch.set_num_threads(1)

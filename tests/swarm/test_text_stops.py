@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import BadInput, PeerFault
-from swarm.text import GenerationDefaults, ModelCard, StopScanner
+from swarm.model_card import GenerationDefaults, ModelCard
+from swarm.text import StopScanner
 
 CARD = {
     "format": 1,

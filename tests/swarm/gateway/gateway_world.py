@@ -17,8 +17,9 @@ from swarm.gateway.app import application
 from swarm.gateway.attending import App
 from swarm.gateway.settings import GatewaySettings
 from swarm.messages import Output, Wish
+from swarm.model_card import ModelCard
 from swarm.record import PeerRecord
-from swarm.text import ModelCard, Tokens
+from swarm.text import Tokens
 from swarm.wire import Tensor
 
 END = 0
