@@ -78,9 +78,15 @@ class GenerateSettings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     rules: Rules = field(default_factory=Rules)
 
-    def changes(self, ids: Sequence[int], prompt: Sequence[int]) -> dict[int, float]:
-        """What the rules add to the logits of the id behind `ids`, which begin with the prompt."""
-        return self.rules.changes(ids, len(prompt), self.most_tokens, self.end_ids)
+    def changes(
+        self, ids: Sequence[int], prompt: Sequence[int], drafted: Sequence[int] = ()
+    ) -> list[dict[int, float]]:
+        """What the rules add to the logits behind `ids`, which begin with the prompt, and behind
+        each of the drafted ones.
+        """
+        texts = [ids, *([*ids, *drafted[: place + 1]] for place in range(len(drafted)))]
+        size, most = len(prompt), self.most_tokens
+        return [self.rules.changes(text, size, most, self.end_ids) for text in texts]
 
 
 @dataclass(slots=True)
@@ -135,14 +141,14 @@ async def generate(
     ids = list(prompt)
     counts = counts_of(ids, ())
     drafted: list[int] = []
-    changes = [settings.changes(ids, prompt)]
+    changes = settings.changes(ids, prompt)
     wish = _next_wish(settings.sampling, counts, guide, changes)
     _send_text(session, ids, wish, session.pages)
     while True:
         times, choices = await _next_choices(session, made, wish, len(drafted) + 1)
         if guide is not None:
-            left = await _allowed(session, ids, settings.sampling, guide, choices[0], changes[0])
-            choices = [left]
+            allowed = _allowed(session, ids, settings.sampling, guide, choices[0], changes[0])
+            choices = [await allowed]
         on_step(times, choices)
         for place, candidates in enumerate(choices):
             token = choose(candidates, settings.sampling, len(ids), counts, changes[place])
@@ -159,8 +165,7 @@ async def generate(
         room = settings.most_tokens - len(made.token_ids) - 1
         drafted = draft.guess(ids)[:room] if draft is not None else []
         drafted = _fitting(session.length_scaling, len(ids), drafted)
-        ahead = (ids + drafted[:place] for place in range(len(drafted) + 1))
-        changes = [settings.changes(text, prompt) for text in ahead]
+        changes = settings.changes(ids, prompt, drafted)
         wish = _next_wish(settings.sampling, {*counts, *drafted}, guide, changes)
         _send_next(session, ids, drafted, wish)
 
