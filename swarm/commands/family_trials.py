@@ -246,7 +246,9 @@ _DEFINITIONS = (
     f"{ROUNDING:.0e}, as sums are formed in another order there. A dash is not offered: the",
     "code refuses it for this family, and the remark says why. **no** fails. Decode and",
     "chunked also fail where transformers' own run of that kind is not what its own single",
-    "forward gives. *Exact for serving*: forward, decode, chunked and interleaved hold.",
+    "forward gives; where it forgets a state unless positions come one by one, they come so in",
+    "the run that is compared with. *Exact for serving*: forward, decode, chunked and interleaved",
+    "hold.",
     "*Exact in everything*: and none of the other four fails.",
 )
 
