@@ -127,10 +127,10 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
 
 def forwards_of(model: PreTrainedModel) -> tuple[type, ...]:
-    """The classes whose forwards a step calls: the model, what is called with ids, a layer."""
+    """The classes whose forwards a step calls: the model, what is called with ids, its layers."""
     parts = anatomy(model)
-    layer = next(one for one in parts.layers if not isinstance(one, Skip))
-    return type(model), type(parts.inner), type(layer)
+    layers = (one.__dict__["twin"] if isinstance(one, Skip) else one for one in parts.layers)
+    return tuple(dict.fromkeys(map(type, (model, parts.inner, *layers))))
 
 
 def _at(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:

@@ -76,13 +76,17 @@ def _signature(kind: type) -> str:
 
 
 def check_takes(takes: str, known: str) -> None:
-    """Unsupported if forwards take something else than they are known to; "" is nothing known."""
-    for was, now in zip(known.split("; "), takes.split("; "), strict=False) if known else ():
-        before, after = was.split(), now.split()
+    """Unsupported if one of these forwards takes something else than it is known to.
+
+    Of a class that is not known, as a checkpoint may have other kinds of layers, nothing is asked.
+    """
+    listed = {one.partition(" ")[0]: one.split() for one in known.split("; ")}
+    for name, *after in (one.split() for one in takes.split("; ")):
+        _, *before = listed.get(name, [name, *after])
         if before != after:
             gone = ", ".join(word for word in before if word not in after) or "another order"
             new = ", ".join(word for word in after if word not in before) or "nothing"
-            raise unsupported(f"{after[0]}.forward takes {new} in the place of {gone}")
+            raise unsupported(f"{name}.forward takes {new} in the place of {gone}")
 
 
 def _llama_takes_all() -> bool:

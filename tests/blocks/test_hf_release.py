@@ -225,6 +225,17 @@ def test_a_proven_type_whose_forward_takes_something_else_is_refused_by_name(
         load_stack(checkpoint, 0, 2)
 
 
+def test_layers_of_several_kinds_are_known_whichever_of_them_a_span_begins_with(
+    tiny_model: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_model("zamba2", True).checkpoint
+    known = takes_of(forwards_of(empty_model(checkpoint, 0, checkpoint.blocks)))
+    assert len(known.split("; ")) == 4
+    monkeypatch.setattr("blocks.load.known_takes", lambda model_type: known)
+    for block in range(checkpoint.blocks):
+        load_stack(checkpoint, block, block + 1)
+
+
 def test_what_forwards_take_is_told_with_plain_defaults_and_nothing_known_is_no_difference() -> (
     None
 ):
