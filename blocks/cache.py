@@ -59,7 +59,7 @@ def _ghost_kind(kind: type) -> type:
 
 
 class StackCache(DynamicCache):  # type: ignore[misc]  # transformers is not followed
-    """The cache of one session in the blocks `start:stop`, passed to models as `past_key_values`.
+    """The cache of one session in the blocks `start:stop`, passed to models as their cache.
 
     `lent` are blocks before `start` whose keys these blocks share: they are stored here, too. With
     `pools` the keys of a session of one row lie in these (`blocks.paged.may_be_paged`).

@@ -24,7 +24,7 @@ _MOST = (
     *((ending, 1 << 24) for ending in ("size", "dim", "n_embd", "d_model", "n_inner", "ffn")),
 )
 # What configs raise on values that are none.
-_UNFIT = (
+UNFIT = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -69,7 +69,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     refuse_absurd(json_object(path), path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _UNFIT as error:
+    except UNFIT as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is of no model type that transformers knows "
             f"({' '.join(str(error).split())[:300]}); choose another model or a newer transformers"
@@ -106,7 +106,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """The object in a file. CheckpointError if it holds none."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON; fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object; fetch it again")

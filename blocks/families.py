@@ -90,6 +90,8 @@ def _judged(name: str, check: Callable[[], tuple[float, str]]) -> Check:
         return Check(name, "fails", note=f"transformers' own whole model fails: {why}")
     except _BlindError as why:
         return Check(name, "fails", note=f"the check is blind: {why}")
+    except (MemoryError, OSError) as error:  # the machine's fault, and no verdict on the family
+        raise Trouble(told(error)) from error
     except Exception as error:  # noqa: BLE001  # a family's own code may raise anything
         return Check(name, "fails", note=told(error))
     outcome = outcome_of(name, difference)
@@ -108,7 +110,9 @@ class _Trial:
             blocks = checkpoint.blocks
             self.takes = Takes(takes_of(forwards_of(empty_model(checkpoint, 0, blocks))))
             cut = (range(blocks // 3), range(blocks // 3, blocks - 1), range(blocks - 1, blocks))
-            self.stacks = [load_stack(checkpoint, span.start, span.stop) for span in cut]
+            self.stacks = [
+                load_stack(checkpoint, span.start, span.stop, is_trial=True) for span in cut
+            ]
             self.scaling = length_scaling(checkpoint.config)
         except Exception as error:
             # the folder is another one in every run

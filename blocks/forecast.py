@@ -5,7 +5,6 @@
 2. Whether the model has 1 or 500 billion weights, this takes about a second.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from blocks.cache import StackCache
 from blocks.carve import anatomy
 from blocks.checkpoint import Checkpoint
-from blocks.config import context_length, refuse_absurd, refuse_encoder
+from blocks.config import UNFIT, context_length, json_object, refuse_absurd, refuse_encoder
 from blocks.errors import CheckpointError
 from blocks.hf.forwards import cache_argument, parameters_of
 from blocks.hf.models import (
@@ -52,7 +51,7 @@ def sketch(path: Path) -> Checkpoint:
     """
     folder = path.parent if path.name == "config.json" else path
     try:
-        given = json.loads((folder / "config.json").read_text("utf-8"))
+        given = json_object(folder / "config.json")
         refuse_absurd(given, folder / "config.json")
         whole = AutoConfig.for_model(given.pop("model_type"), **given)
         refuse_encoder(whole, folder / "config.json")
@@ -69,7 +68,7 @@ def sketch(path: Path) -> Checkpoint:
             context_length=context_length(text),
             model_type=str(text.model_type),
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except UNFIT as error:
         raise CheckpointError(
             f"{folder / 'config.json'} describes no causal language model ({error}); "
             "name the folder of a model, or its config.json"

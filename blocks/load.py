@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from blocks.carve import carved_class, forwards_of
 from blocks.checkpoint import Checkpoint, open_shard
-from blocks.errors import BlocksError, CheckpointError
+from blocks.errors import BlocksError, CheckpointError, Unsupported
 from blocks.formats import Kind, is_nf4_fast
 from blocks.hf import release
 from blocks.hf.forwards import check_takes, takes_of
@@ -131,6 +131,7 @@ def load_stack(
     saved_budget_bytes: int = BUDGET_BYTES,
     progress: Progress | None = None,
     packs: bool = True,
+    is_trial: bool = False,
 ) -> Stack:
     """Return blocks `start:stop` with the ends that belong to them, frozen and ready to run.
 
@@ -139,23 +140,23 @@ def load_stack(
     more than `saved_budget_bytes`. `progress` gets (values read, values in all), from threads of
     the loader but never from two at once. On a CPU large unquantized matrices, heads too, are
     packed if it `packs` (see `blocks.packed`); other weights, where their dtype is the files', stay
-    pages of the files, also of the copies: leave those be. Raises CheckpointError naming the tensor
-    that is missing, has another shape or is NaN, MemoryError if shards cannot be mapped, ValueError
-    for blocks that the model does not have.
+    pages of the files, also of the copies: leave those be. `is_trial`: nothing is known of it yet.
+    Raises CheckpointError naming the tensor that is missing, has another shape or is NaN,
+    MemoryError if shards cannot be mapped, ValueError for blocks that the model does not have.
     """
     if not 0 <= start < stop <= checkpoint.blocks:
         raise ValueError(f"blocks {start}:{stop} are not within 0:{checkpoint.blocks}")
     release.check()
     opened = set(checkpoint.shards).intersection(needed_shards(checkpoint, start, stop))
     needed = checkpoint.only(opened)
-    span = _Span(needed, start, stop, resolve_dtype(checkpoint, dtype), device, progress)
+    known = "" if is_trial else known_takes(str(checkpoint.config.model_type))
+    span = _Span(needed, start, stop, resolve_dtype(checkpoint, dtype), device, progress, known)
     if quant == "none":
         model = span.load()
     else:
         copies = None if saved is None else SavedCopies(saved, saved_budget_bytes)
         model = span.load_quantized(quant, copies)
     stack = Stack.of(model.requires_grad_(False).to(device), start, stop)
-    check_takes(takes_of(forwards_of(model)), known_takes(str(checkpoint.config.model_type)))
     if packs:
         pack(model, looks_up=start == 0)
     return stack
@@ -172,7 +173,9 @@ class _Span:
         dtype: torch.dtype,
         device: str,
         progress: Progress | None,
+        known: str,
     ) -> None:
+        self._known = known  # to be what the family's forwards take
         self._checkpoint, self._start, self._stop = checkpoint, start, stop
         self._dtype, self._device, self._progress = dtype, device, progress
 
@@ -189,6 +192,7 @@ class _Span:
         checkpoint, tally = self._checkpoint, _Tally(self._progress)
 
         def on_carved(model: PreTrainedModel) -> None:
+            check_takes(takes_of(forwards_of(model)), self._known)
             tally.expect(model)
             shape(model)
 
@@ -198,11 +202,13 @@ class _Span:
         with quiet() as report:
             try:
                 model, found = filled(kind, text, tensors, self._dtype, config)
-            except (RuntimeError, ValueError, SafetensorError) as error:
+            except (RuntimeError, ValueError, SafetensorError, Unsupported) as error:
                 if "Cannot allocate memory" in str(error):
                     raise MemoryError(str(error)) from error
                 if config is not None and config.failures:
                     raise BlocksError(config.failures[0]) from error
+                if isinstance(error, Unsupported):
+                    raise
                 broken = report.unconverted
                 what = f"tensor {broken} is not whole" if broken else error
                 raise CheckpointError(

@@ -126,8 +126,8 @@ class Stack:
         Raises StepError, having changed nothing, for what no stack could compute as sent.
         """
         self._checks.step(inputs, cache, start, logits_for)
-        regime = 0 if sequence_length is None else self.regime(sequence_length)
         rows, tokens = inputs.shape[:2]
+        regime = self.regime(sequence_length or start + tokens)
         mask = checked_mask(mask, rows, start + tokens, self.device)
         beside = self._checked_sides(inputs, sides, start)
         wanted = tokens if logits_for == 0 else logits_for

@@ -69,6 +69,9 @@ class Guide(Protocol):
         """Go on behind an id that was allowed."""
 
 
+_NO_RULES = Rules()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateSettings:
     """What to generate: at most `most_tokens`, ended by any of `end_ids`."""
@@ -84,6 +87,8 @@ class GenerateSettings:
         """What the rules add to the logits behind `ids`, which begin with the prompt, and behind
         each of the drafted ones.
         """
+        if self.rules == _NO_RULES:
+            return [{} for _ in range(len(drafted) + 1)]
         texts = [ids, *([*ids, *drafted[: place + 1]] for place in range(len(drafted)))]
         size, most = len(prompt), self.most_tokens
         return [self.rules.changes(text, size, most, self.end_ids) for text in texts]

@@ -27,7 +27,10 @@ class GenerationDefaults:
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Above0 | None = None
     rules: Rules = field(default_factory=Rules)
-    stop_strings: tuple[Annotated[str, msgspec.Meta(min_length=1)], ...] = ()
+    stop_strings: Annotated[
+        tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=1024)], ...],
+        msgspec.Meta(max_length=64),
+    ] = ()
 
     def settings(self, *, seed: int = 0) -> SamplingSettings:
         """The settings under which transformers' `generate` would run this model."""
@@ -52,7 +55,7 @@ class LengthScaling:
     grows beyond `anew_after` is computed anew from its first position.
     """
 
-    switches: tuple[Size, ...] = ()
+    switches: Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)] = ()
     grows_after: Size | None = None
     anew_after: Size | None = None
 

@@ -82,5 +82,6 @@ def _repeating(text: Sequence[int], ids: Sequence[int], size: int) -> Iterator[i
         return
     start = list(ids[len(ids) - size + 1 :])
     for place in range(len(text) - size + 1):
-        if list(text[place : place + size - 1]) == start:
+        is_alike = size == 1 or text[place + size - 2] == start[-1]  # few are, and need a look
+        if is_alike and list(text[place : place + size - 1]) == start:
             yield text[place + size - 1]

@@ -13,7 +13,7 @@ transformers use, and on a budget.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 from swarm.errors import BadInput
 
 MOST_STEPS = 100_000  # a thousand messages in a hundred loops
+_CONTENT = "a message's content"  # is no name
 MOST_CHARACTERS = 16 << 20  # ten times the text of a million tokens, written a few times over
 
 
@@ -105,34 +106,45 @@ def _as_read(
 
 
 def _loops_over_content(tree: nodes.Template) -> bool:
-    """Does a loop of the template go over a message's content, by that or by another name?"""
-    named: set[str] = set()
+    """Does a loop of the template go over a message's content, by that or by another name?
 
-    def is_content(node: nodes.Node | None) -> bool:
-        match node:
-            case nodes.Filter():
-                return is_content(node.node)
-            case nodes.CondExpr():
-                return is_content(node.expr1) or is_content(node.expr2)
-            case nodes.Getattr():
-                return node.attr == "content"
-            case nodes.Getitem():
-                return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-        return isinstance(node, nodes.Name) and node.name in named
-
+    Of each node it is asked once, and each name goes on once: no template makes this long.
+    """
+    goes_on: dict[str, list[str]] = {}  # from a name to those that are given what it has
     macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-    known = -1
-    while known < len(named):
-        known = len(named)
-        for bound in tree.find_all(nodes.Assign):
-            if isinstance(bound.target, nodes.Name) and is_content(bound.node):
-                named.add(bound.target.name)
-        for call in tree.find_all(nodes.Call):
-            macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
-            if macro is not None:
-                pairs = zip(macro.args, call.args, strict=False)
-                named |= {one.name for one, given in pairs if is_content(given)}
-    return any(is_content(loop.iter) for loop in tree.find_all(nodes.For))
+    for bound in tree.find_all(nodes.Assign):
+        if isinstance(bound.target, nodes.Name):
+            _note(goes_on, bound.node, bound.target.name)
+    for call in tree.find_all(nodes.Call):
+        macro = macros.get(call.node.name) if isinstance(call.node, nodes.Name) else None
+        for one, given in zip(macro.args if macro else (), call.args, strict=False):
+            _note(goes_on, given, one.name)
+    reached, ahead = {_CONTENT}, [_CONTENT]
+    while ahead:
+        new = set(goes_on.get(ahead.pop(), ())) - reached
+        reached |= new
+        ahead += new
+    loops = tree.find_all(nodes.For)
+    return any(name in reached for loop in loops for name in _names_in(loop.iter))
+
+
+def _note(goes_on: dict[str, list[str]], given: nodes.Node, to: str) -> None:
+    for name in _names_in(given):
+        goes_on.setdefault(name, []).append(to)
+
+
+def _names_in(node: nodes.Node | None) -> Iterator[str]:
+    """The names whose value this may be, _CONTENT for a message's content."""
+    match node:
+        case nodes.Filter():
+            yield from _names_in(node.node)
+        case nodes.CondExpr():
+            yield from _names_in(node.expr1)
+            yield from _names_in(node.expr2)
+        case nodes.Getattr(attr="content") | nodes.Getitem(arg=nodes.Const(value="content")):
+            yield _CONTENT
+        case nodes.Name():
+            yield node.name
 
 
 class _Generation(Extension):

@@ -9,7 +9,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
@@ -30,14 +30,18 @@ class Fact:
 @functools.cache
 def version() -> str:
     """The version of the installed transformers."""
-    return metadata.version("transformers")
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("transformers")
+    return "(not installed)"
 
 
 @functools.cache
 def requirement() -> str:
     """Which releases were tried, as pip takes it."""
-    needed = metadata.requires("swarm-llm") or ()
-    return next((one for one in needed if one.startswith("transformers")), "transformers")
+    with suppress(metadata.PackageNotFoundError):
+        needed = metadata.requires("swarm-llm") or ()
+        return next((one for one in needed if one.startswith("transformers")), "transformers")
+    return "transformers"
 
 
 def unsupported(what: str) -> Unsupported:

@@ -74,7 +74,8 @@ def ask_of(
     checked(count <= most, f"{count} answers in one request are more than {most}", "n")
     seed = secrets.randbits(32) if request.seed is None else request.seed
     sampling = sampling_of(request, card)
-    stop_ids = frozenset(request.stop_token_ids or ())
+    # others never come, and a server would refuse a wish that names them
+    stop_ids = frozenset(one for one in request.stop_token_ids or () if one < card.vocabulary_size)
     ends = stop_ids if request.ignore_eos else stop_ids.union(card.end_of_sequence_ids)
     least = request.min_tokens or 0
     checked(least <= most_tokens, f"more than the {most_tokens} tokens at most", "min_tokens")

@@ -89,6 +89,7 @@ def chat_text(tokens: Tokens, chat: Chat) -> Prompt:
     end = text.rstrip()[-len(OPEN) :]
     if chat.is_continued:
         end = chat.messages[-1]["content"]
+        end = end.parts[-1]["text"] if isinstance(end, Parts) else end
         text = _cut_at_mark(text, end)
     return Prompt(text, not tokens.chat_templates, is_open(end))
 
@@ -150,7 +151,7 @@ def _text_of(message: ChatMessage, where: str) -> str:
         if part.type not in ("text", "refusal") or text is None:
             raise bad(f"only text is taken, not {part.type[:32]!r}", f"{where}.content")
         texts.append(text)
-    return Parts(texts)
+    return Parts(texts) if texts else ""
 
 
 def _plain_tool(function: Function) -> dict[str, Any]:

@@ -196,7 +196,8 @@ def _messages(message: AnthropicMessage, where: str) -> Iterator[ChatMessage]:
     if isinstance(message.content, str):
         yield ChatMessage(message.role, message.content)
         return
-    checked(bool(message.content), "a message without content", where)
+    is_empty = not message.content and message.role != "assistant"  # who may have said nothing
+    checked(not is_empty, "a message without content", where)
     calls, texts = [], []
     for block in message.content:
         if block.type == "tool_result":
@@ -218,6 +219,8 @@ def _text(content: str | Iterable[Block], where: str) -> str:
         return content
     texts = []
     for block in content:
+        if block.type == "tool_reference":  # what a provider's tool search found
+            continue
         if block.type != "text" or block.text is None:
             raise bad(f"only text and tools are taken, not {block.type[:32]!r}", where)
         texts.append(block.text)

@@ -41,12 +41,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("top_a", "mirostat", "dry_multiplier", "xtc_probability"), (0,)),
     **dict.fromkeys(("top_logprobs", "no_repeat_ngram_size", "min_new_tokens"), (0,)),
     **dict.fromkeys(("stop", "stop_sequences", "bad_words", "tools", "documents"), ([],)),
-    **dict.fromkeys(("suffix", "grammar"), ("",)),
+    **dict.fromkeys(("suffix", "grammar", "chat_template"), ("",)),
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), ()),
-    **dict.fromkeys(("max_new_tokens", "n_predict", "truncate_prompt_tokens"), ()),
-    **dict.fromkeys(("allowed_token_ids", "logits_processors", "prompt_logprobs"), ()),
+    **dict.fromkeys(("max_new_tokens", "truncate_prompt_tokens"), ()),
+    **dict.fromkeys(("allowed_token_ids", "logits_processors"), ([],)),
+    "n_predict": (-1,),
+    "prompt_logprobs": (0,),
     **dict.fromkeys(("guided_whitespace_pattern", "thinking_token_budget"), ()),
-    **dict.fromkeys(("chat_template", "mm_processor_kwargs", "json_schema", "prompt_embeds"), ()),
+    **dict.fromkeys(("mm_processor_kwargs", "json_schema", "prompt_embeds"), ()),
     "response_format": ({"type": "text"},),
 }
 _Refused: Any = msgspec.defstruct("_Refused", [(name, Any, None) for name in NEUTRAL], frozen=True)

@@ -48,6 +48,13 @@ _PROVIDERS_ITEMS = (
     "image_generation_call",
     "mcp_list_tools",
     "mcp_call",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "custom_tool_call",
+    "custom_tool_call_output",
+    "local_shell_call",
+    "local_shell_call_output",
+    "compaction",
 )
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
@@ -68,7 +75,7 @@ class FunctionTool(msgspec.Struct, frozen=True):
     """A function the model may call; tools of another type are the provider's, and left out."""
 
     type: str
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] = "_"
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -206,8 +213,11 @@ def _content(content: str | list[Part] | None, where: str) -> str | list[Part]:
 
 
 def _tool(tool: FunctionTool) -> Tool:
-    own = Function(tool.name, tool.description, tool.parameters, tool.strict)
-    return Tool(own if tool.type == "function" else None, tool.type)
+    if tool.type != "function":
+        return Tool(None, tool.type)
+    if tool.name is None:
+        raise bad("a tool without a name", "tools")
+    return Tool(Function(tool.name, tool.description, tool.parameters, tool.strict), tool.type)
 
 
 def _choice(

@@ -223,6 +223,7 @@ def test_a_proven_type_whose_forward_takes_something_else_is_refused_by_name(
     monkeypatch.setattr(inner, "forward", renamed(inner.forward, was, now))
     with pytest.raises(Unsupported, match=f"Qwen2Model.forward {sentence}"):
         load_stack(checkpoint, 0, 2)
+    load_stack(checkpoint, 0, 2, is_trial=True)  # whose verdict is what will be known
 
 
 def test_layers_of_several_kinds_are_known_whichever_of_them_a_span_begins_with(

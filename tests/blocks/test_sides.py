@@ -41,8 +41,11 @@ def whole_cached(model: TinyModel, ids: torch.Tensor) -> torch.Tensor:
     steps are not quite their full forward: ours are to be theirs.
     """
     cache, parts, start = DynamicCache(config=model.whole.config), [], 0
+    # zamba's own scan of several positions forgets what went before them
+    forgets = model.checkpoint.model_type == "zamba"
+    chunks = [CHUNKS[0], *[1] * sum(CHUNKS[1:])] if forgets else list(CHUNKS)
     with torch.inference_mode():
-        for chunk in ids.split(list(CHUNKS), dim=1):
+        for chunk in ids.split(chunks, dim=1):
             positions = torch.arange(start, start + chunk.shape[1])[None]
             more: dict[str, Any] = {"position_ids": positions}
             if "zamba" in model.checkpoint.model_type:

@@ -29,7 +29,7 @@ from swarm.gateway.requests import Request
 from swarm.gateway.settings import GatewaySettings
 from swarm.generate import GenerateSettings, Generation, generate
 from swarm.model import describe
-from swarm.model_card import ModelCard
+from swarm.model_card import ANY_LENGTH, ModelCard
 from swarm.rules import Rules
 from swarm.wire import Tensor
 
@@ -73,6 +73,7 @@ class WholeModel:
     """A session that computes in this process, with what a last hop would answer."""
 
     pages = reused_tokens = 0
+    length_scaling = ANY_LENGTH
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -80,7 +81,9 @@ class WholeModel:
         self._asked: list[tuple[int, Any]] = []
         self.wishes: list[Any] = []
 
-    def step(self, start: int, payload: Any, wanted: str, wish: Any = None) -> None:
+    def step(
+        self, start: int, payload: Any, wanted: str, wish: Any = None, sequence_length: int = 0
+    ) -> None:
         del self._ids[start:]
         self._ids += np.frombuffer(payload["ids"].data, "<i4").tolist()
         if wanted != "none":

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from swarm import template as templates
 from swarm.errors import BadInput
 from swarm.template import MOST_CHARACTERS, Parts, render_chat
 
@@ -226,3 +227,17 @@ def test_documents_reach_the_template_as_those_given_to_transformers_do() -> Non
     theirs, _ = render_jinja_template([MESSAGES], chat_template=template, documents=documents)
     assert [render(template, variables={"documents": documents})] == theirs == ["AB"]
     assert render(template) == "-"
+
+
+def test_a_chain_of_names_for_the_content_is_followed_in_one_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = "".join(f"{{% set a{n} = a{n + 1} %}}" for n in range(300))
+    loop = "{% set a300 = messages[0].content %}{% for part in a0 %}{% endfor %}"
+    seen: list[str] = []
+    monkeypatch.setattr(templates, "_note", lambda goes_on, given, to: seen.append(to))
+    tree = templates._Environment().parse(names + loop)
+    assert not templates._loops_over_content(tree)
+    assert len(seen) == 301  # each is looked at once, however they depend on each other
+    monkeypatch.undo()
+    assert templates._loops_over_content(tree)

@@ -17,7 +17,7 @@ from swarm.gateway.app import application
 from swarm.gateway.attending import App
 from swarm.gateway.settings import GatewaySettings
 from swarm.messages import Output, Wish
-from swarm.model_card import ModelCard
+from swarm.model_card import ANY_LENGTH, ModelCard
 from swarm.record import PeerRecord
 from swarm.text import Tokens
 from swarm.wire import Tensor
@@ -149,14 +149,23 @@ class ScriptedSession:
         self.route = (("p", "0:4"),)
         self.journal = Journal()
         self.pages = self.reused_tokens = 0
+        self.length_scaling = ANY_LENGTH
         self.pages = self.reused_tokens = 0
+        self.length_scaling = ANY_LENGTH
         self.prompt: list[int] = []
         self.wishes: list[Wish] = []
         self._script = script
         self._said = 0
         self._outputs: list[Output] = []
 
-    def step(self, start: int, payload: Mapping[str, Tensor], wanted: str, wish: Wish) -> None:
+    def step(
+        self,
+        start: int,
+        payload: Mapping[str, Tensor],
+        wanted: str,
+        wish: Wish,
+        sequence_length: int = 0,
+    ) -> None:
         ids = np.frombuffer(payload["ids"].data, "<i4").tolist()
         if not self._said and start == len(self.prompt):
             self.prompt += ids

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gateway_world import CHARACTERS, MODEL, PiecesSwarm, ScriptedSwarm, asked
+from gateway_world import CHARACTERS, END, MODEL, PiecesSwarm, ScriptedSwarm, asked
 from tokenizers import Tokenizer, decoders, models
 
-from swarm.gateway.requests import NEUTRAL
+from swarm.gateway.ask import ask_of
+from swarm.gateway.requests import NEUTRAL, CompletionRequest
+from swarm.gateway.settings import GatewaySettings
 from swarm.sampling import Candidates, SamplingSettings, choose
 from swarm.text import Tokens
 
@@ -61,7 +63,7 @@ def test_min_tokens_keep_an_answer_from_ending(path: str) -> None:
     made, swarm = ask(path, "One", min_tokens=9)
     assert said(path, made).startswith("One")
     assert made.json["usage"].get("completion_tokens", made.json["usage"].get("output_tokens")) > 9
-    assert swarm.sessions[0].wishes[0].count > 32
+    assert END in swarm.sessions[0].wishes[0].penalised  # asked for beside all candidates
     made, _ = ask(path, "One, two.", min_tokens=5, stop_token_ids=[identity(",")])
     assert "," not in said(path, made)[:5]
     most = "max_output_tokens" if path == RESPONSES else "max_tokens"
@@ -273,3 +275,12 @@ def test_parts_of_a_character_are_told_as_their_bytes() -> None:
         entries = [entry for each in logs for entry in each]
         assert [byte for entry in entries for byte in entry["bytes"]][:4] == wanted
         assert entries[0]["top_logprobs"][0]["bytes"] == wanted[:1]
+
+
+def test_stop_ids_beyond_the_vocabulary_never_come_and_are_asked_of_no_server() -> None:
+    card = ScriptedSwarm("yes").model.card
+    beyond = card.vocabulary_size
+    request = CompletionRequest(model=MODEL, prompt="Hi", stop_token_ids=[1, beyond], min_tokens=1)
+    made = ask_of(request, [[5]], 9, card, GatewaySettings())
+    assert 1 in made.choices[0].settings.end_ids
+    assert max(made.choices[0].settings.end_ids | made.stop_ids) < beyond

@@ -307,3 +307,29 @@ def test_a_choice_of_a_tool_that_is_left_out_is_refused_by_its_name(path: str) -
 def test_a_tool_without_what_it_is_is_refused() -> None:
     assert ask(CHAT, "x", tools=[{"type": "function"}])[0].status == 400
     assert ask(MESSAGES, "x", tools=[{"input_schema": {}}])[0].status == 400
+
+
+def test_an_empty_last_message_is_gone_on_with_and_an_empty_answer_is_no_reason_to_refuse() -> None:
+    empty = [*HELLO, {"role": "assistant", "content": []}]
+    made, _ = ask(CHAT, "yes", messages=empty, continue_final_message=True)
+    assert answered(CHAT, made) == ("yes", [])
+    made, _ = ask(MESSAGES, "yes", messages=[*empty, *HELLO])
+    assert answered(MESSAGES, made) == ("yes", [])
+
+
+def test_a_last_message_in_parts_is_gone_on_with_by_a_template_that_loops_over_them() -> None:
+    looping = "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}"
+    looping += "{% else %}{% for p in m.content %}({{ p.text }}){% endfor %}{% endif %}{% endfor %}"
+    swarm = ScriptedSwarm("yes", looping)
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    body = {"model": MODEL, "messages": [*HELLO, {"role": "assistant", "content": parts}]}
+    made = asked(swarm, CHAT, {**body, "continue_final_message": True, "temperature": 0})
+    assert answered(CHAT, made) == ("yes", [])
+
+
+@pytest.mark.parametrize("kind", ["custom_tool_call", "local_shell_call", "mcp_approval_request"])
+def test_what_other_tools_of_a_provider_did_is_left_out_and_so_are_they(kind: str) -> None:
+    items = [*HELLO, {"type": kind, "id": "x", "call_id": "y"}, *HELLO]
+    tools = [{"type": "custom", "name": None}, *TOOLS[RESPONSES]]
+    made, _ = ask(RESPONSES, "yes", input=items, tools=tools)
+    assert answered(RESPONSES, made) == ("yes", [])
