@@ -36,6 +36,8 @@ INDEX_FILE = "model.safetensors.index.json"
 
 CARD_FORMAT = 1
 
+_ANY_VOCABULARY = 1 << 20
+
 # safetensors itself refuses longer headers
 _HEADER_BYTES_LIMIT = 100_000_000
 _LENGTH_BYTES = 8  # before the header: its length, little-endian
@@ -139,7 +141,8 @@ def open_checkpoint(folder: Path, heads: Path | None = None) -> Checkpoint:
         shards=shards,
         blocks=positive(text, "num_hidden_layers", folder, len(tensors)),
         hidden_size=positive(text, "hidden_size", folder, widest),
-        vocabulary_size=positive(text, "vocab_size", folder, widest),
+        # a table that is missing is told by its name when it is loaded
+        vocabulary_size=positive(text, "vocab_size", folder, max(widest, _ANY_VOCABULARY)),
         context_length=context_length(text),
         model_type=str(text.model_type),
         shard_bytes={shard: head.byte_count for shard, head in found.items()},

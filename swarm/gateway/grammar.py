@@ -6,6 +6,7 @@ llguidance.
 2. A schema that is not understood in full is refused by name, never followed in part.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,10 @@ class Grammars:
             noun = "schema" if kind == "json" else kind
             raise bad(f"the {noun} cannot be followed: {fault.strip()[:400]}", param)
         size = self._model.card.vocabulary_size
+        try:  # what cannot even begin is told before a stream has
+            await in_thread(JsonGuide(matcher.deep_copy(), size).every)
+        except BadInput as error:
+            raise bad(error.sentence(), param) from error
         return lambda: JsonGuide(matcher.deep_copy(), size)
 
     def _read_tokenizer(self) -> Any:
@@ -62,6 +67,11 @@ class Grammars:
         except ValueError as error:
             raise BadInput(f"no form can be had of this model's tokenizer: {error}") from error
 
+    def _can_say(self, text: str) -> bool:
+        tokens = self._tokenizer.tokenize_str(text)
+        said: bytes = self._tokenizer.decode_bytes(tokens)
+        return said == text.encode()
+
     def _compile(self, kind: Any, form: str) -> tuple[Any, str]:
         """The matcher at its start, and what is wrong with the form, if anything is."""
         from llguidance import LLMatcher, grammar_from
@@ -72,6 +82,10 @@ class Grammars:
                 grammar = LLMatcher.grammar_from_json_schema(form, overrides=white)
             else:
                 grammar = grammar_from(kind, form)
+                texts = json.loads(form) if kind == "choice" else ()
+                unsaid = [text for text in texts if not self._can_say(text)]
+                if unsaid:
+                    return None, f"this model has no tokens to say {unsaid[0]!r}"
         except ValueError as error:
             return None, str(error)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)

@@ -301,7 +301,7 @@ def test_an_encoder_with_a_decoder_is_refused_by_its_type(folder: Path, kind: st
         ("num_experts", 10**9),
         ("num_labels", 10**9),
         ("text_config", {"n_layer": 10**9}),
-        ("vocab_size", 97),
+        ("vocab_size", 1 << 21),
         ("num_hidden_layers", 1000),
     ],
     ids=str,

@@ -277,6 +277,23 @@ def test_parts_of_a_character_are_told_as_their_bytes() -> None:
         assert entries[0]["top_logprobs"][0]["bytes"] == wanted[:1]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"guided_choice": ["One", "On\x1f"]}, r"no tokens to say 'On\x1f'"),
+        ({"guided_regex": "\x1f+"}, "allows no token"),
+    ],
+)
+def test_a_form_that_cannot_be_said_is_refused_before_a_stream_has_begun(
+    form: dict[str, Any], told: str, is_streamed: bool
+) -> None:
+    body = {"model": MODEL, "prompt": "x", "stream": is_streamed, **form}
+    made = asked(ScriptedSwarm("yes"), "/v1/completions", body)
+    assert made.status == 400, made.body
+    assert told in made.json["error"]["message"]
+
+
 def test_stop_ids_beyond_the_vocabulary_never_come_and_are_asked_of_no_server() -> None:
     card = ScriptedSwarm("yes").model.card
     beyond = card.vocabulary_size
