@@ -167,8 +167,8 @@ def test_a_family_that_keeps_a_session_in_the_model_mixes_two_sessions() -> None
 
 
 def _spoiled(change: Callable[[Stack], None]) -> Callable[..., Stack]:
-    def load(checkpoint: Checkpoint, start: int, stop: int) -> Stack:
-        stack = load_stack(checkpoint, start, stop)
+    def load(checkpoint: Checkpoint, start: int, stop: int, *, is_trial: bool) -> Stack:
+        stack = load_stack(checkpoint, start, stop, is_trial=is_trial)
         if 0 < start < stop < checkpoint.blocks:
             change(stack)
         return stack
